@@ -1,0 +1,62 @@
+// swift-tools-version: 6.1
+import PackageDescription
+
+// `make` builds lib/libctorch.so and lib/pkgconfig/ctorch.pc before any Swift is compiled and points
+// PKG_CONFIG_PATH at the latter; warnings become errors in CI through -Xswiftc -warnings-as-errors.
+let settings: [SwiftSetting] = [
+  .swiftLanguageMode(.v6),
+  .enableUpcomingFeature("ExistentialAny"),
+]
+
+let argumentParser = Target.Dependency.product(
+  name: "ArgumentParser", package: "swift-argument-parser")
+let logging = Target.Dependency.product(name: "Logging", package: "swift-log")
+let yams = Target.Dependency.product(name: "Yams", package: "Yams")
+
+let package = Package(
+  name: "chunkgrpo",
+  products: [
+    .executable(name: "chunkgrpo", targets: ["CLI"]),
+    .library(name: "ChunkGRPO", targets: ["ChunkGRPO"]),
+    .library(name: "Torch", targets: ["Torch", "TorchNN"]),
+    .library(name: "FlowModels", targets: ["FlowModels"]),
+    .library(name: "FlowRewards", targets: ["FlowRewards"]),
+    .library(name: "FlowTraining", targets: ["FlowTraining"]),
+  ],
+  dependencies: [
+    .package(url: "https://github.com/apple/swift-argument-parser", from: "1.5.0"),
+    .package(url: "https://github.com/apple/swift-log", from: "1.6.0"),
+    .package(url: "https://github.com/jpsim/Yams", from: "6.0.0"),
+  ],
+  targets: [
+    .systemLibrary(name: "CTorch", pkgConfig: "ctorch"),
+    .systemLibrary(name: "CCairo", pkgConfig: "cairo", providers: [.apt(["libcairo2-dev"])]),
+
+    .target(name: "ChunkGRPO"),
+    .target(name: "Torch", dependencies: ["CTorch"]),
+    .target(name: "TorchNN", dependencies: ["Torch"]),
+    .target(name: "Pictures", dependencies: ["CCairo"]),
+    .target(name: "FlowModels", dependencies: ["ChunkGRPO", "Torch", "TorchNN"]),
+    .target(name: "FlowRewards", dependencies: ["Torch"]),
+    .target(
+      name: "FlowTraining",
+      dependencies: [
+        "ChunkGRPO", "FlowModels", "FlowRewards", "Pictures", "Torch", "TorchNN", logging, yams,
+      ]),
+    .executableTarget(
+      name: "CLI", dependencies: ["FlowTraining", argumentParser, logging],
+      path: "Sources/chunkgrpo"),
+
+    .testTarget(name: "ChunkGRPOTests", dependencies: ["ChunkGRPO"]),
+    .testTarget(name: "TorchTests", dependencies: ["Torch", "TorchNN"]),
+    .testTarget(name: "PicturesTests", dependencies: ["Pictures"]),
+    .testTarget(name: "FlowModelsTests", dependencies: ["FlowModels"]),
+    .testTarget(name: "FlowRewardsTests", dependencies: ["FlowRewards"]),
+    .testTarget(name: "FlowTrainingTests", dependencies: ["FlowTraining"]),
+    .testTarget(name: "CLITests"),
+  ]
+)
+
+for target in package.targets where target.type != .system {
+  target.swiftSettings = settings
+}

@@ -1,0 +1,396 @@
+// The C ABI of ctorch.h. Built by the Makefile against the chosen libtorch into lib/libctorch.so.
+#include "ctorch.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Context.h>
+#include <ATen/Parallel.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/GradMode.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/variable.h>
+#include <torch/version.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <exception>
+#include <string>
+#include <vector>
+
+#if TORCH_VERSION_MAJOR != 2 || TORCH_VERSION_MINOR < 10 || TORCH_VERSION_MINOR > 13
+#error "chunkgrpo needs libtorch 2.10 to 2.13"
+#endif
+
+namespace {
+
+using at::Tensor;
+
+static_assert(int(at::kByte) == CTORCH_UINT8 && int(at::kInt) == CTORCH_INT32 && int(at::kLong) == CTORCH_INT64);
+static_assert(int(at::kHalf) == CTORCH_FLOAT16 && int(at::kFloat) == CTORCH_FLOAT32);
+static_assert(int(at::kDouble) == CTORCH_FLOAT64 && int(at::kComplexFloat) == CTORCH_COMPLEX64);
+static_assert(int(at::kBool) == CTORCH_BOOL && int(at::kBFloat16) == CTORCH_BFLOAT16);
+
+thread_local std::string last_error;
+std::atomic<int64_t> live{0};
+
+Tensor &unwrap(ctorch_tensor t) { return *reinterpret_cast<Tensor *>(t); }
+
+ctorch_tensor wrap(Tensor t) {
+  auto *p = new Tensor(std::move(t));
+  live.fetch_add(1, std::memory_order_relaxed);
+  return reinterpret_cast<ctorch_tensor>(p);
+}
+
+std::optional<Tensor> optional(ctorch_tensor t) { return t ? std::optional<Tensor>(unwrap(t)) : std::nullopt; }
+
+std::vector<Tensor> list(const ctorch_tensor *items, int32_t count) {
+  std::vector<Tensor> r;
+  r.reserve(count);
+  for (int32_t i = 0; i < count; i++) r.push_back(unwrap(items[i]));
+  return r;
+}
+
+at::IntArrayRef ints(const int64_t *p, int32_t n) { return at::IntArrayRef(p, size_t(n)); }
+at::ScalarType dtype(int32_t d) { return static_cast<at::ScalarType>(d); }
+at::Device place(int32_t device, int32_t index) {
+  return device == CTORCH_CPU ? at::Device(at::kCPU) : at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(index));
+}
+at::DeviceType kind(int32_t device) { return device == CTORCH_CPU ? at::kCPU : at::kCUDA; }
+
+void enter_thread() {
+  thread_local const bool entered = [] { return at::globalContext().setFlushDenormal(true), true; }();
+  (void)entered;
+}
+
+template <class F>
+int32_t guarded(F &&body) {
+  try {
+    enter_thread();
+    body();
+    return 0;
+  } catch (const c10::Error &e) {
+    last_error = e.what_without_backtrace();
+  } catch (const std::exception &e) {
+    last_error = e.what();
+  } catch (...) {
+    last_error = "unknown C++ exception";
+  }
+  return -1;
+}
+
+}  // namespace
+
+extern "C" {
+
+int32_t ctorch_abi_version(void) { return CTORCH_ABI_VERSION; }
+const char *ctorch_torch_version(void) { return TORCH_VERSION; }
+const char *ctorch_last_error(void) { return last_error.c_str(); }
+int64_t ctorch_live_tensors(void) { return live.load(); }
+int32_t ctorch_num_threads(void) { return at::get_num_threads(); }
+int32_t ctorch_set_num_threads(int32_t count) { return guarded([&] { at::set_num_threads(count); }); }
+bool ctorch_cuda_available(void) { return at::detail::getCUDAHooks().hasCUDA(); }
+bool ctorch_has_bfloat16_matmul(void) {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;  // measured on x86-64 only; `network.dtype: bfloat16` asks for it elsewhere
+#endif
+}
+int32_t ctorch_synchronize(int32_t device, int32_t index) {
+  return guarded([&] {
+    if (device == CTORCH_CUDA) at::detail::getCUDAHooks().deviceSynchronize(static_cast<c10::DeviceIndex>(index));
+  });
+}
+
+bool ctorch_set_grad_enabled(bool enabled) {
+  bool before = c10::GradMode::is_enabled();
+  c10::GradMode::set_enabled(enabled);
+  return before;
+}
+int32_t ctorch_autocast_get(int32_t device, bool *enabled, int32_t *type) {
+  return guarded([&] {
+    *enabled = at::autocast::is_autocast_enabled(kind(device));
+    *type = int32_t(at::autocast::get_autocast_dtype(kind(device)));
+  });
+}
+int32_t ctorch_autocast_set(int32_t device, bool enabled, int32_t type) {
+  return guarded([&] {
+    at::autocast::set_autocast_enabled(kind(device), enabled);
+    at::autocast::set_autocast_dtype(kind(device), dtype(type));
+    if (!enabled) at::autocast::clear_cache();
+  });
+}
+
+void ctorch_tensor_free(ctorch_tensor t) {
+  if (!t) return;
+  delete &unwrap(t);
+  live.fetch_sub(1, std::memory_order_relaxed);
+}
+int32_t ctorch_from_data(ctorch_tensor *out, const void *data, int32_t type, const int64_t *sizes, int32_t rank) {
+  return guarded([&] {
+    Tensor t = at::empty(ints(sizes, rank), at::TensorOptions().dtype(dtype(type)));
+    std::memcpy(t.data_ptr(), data, t.nbytes());
+    *out = wrap(std::move(t));
+  });
+}
+int32_t ctorch_from_memory(ctorch_tensor *out, void *data, int32_t type, const int64_t *sizes, int32_t rank,
+                           void (*release)(void *), void *context) {
+  return guarded([&] {
+    *out = wrap(at::from_blob(data, ints(sizes, rank), [release, context](void *) { release(context); },
+                              at::TensorOptions().dtype(dtype(type))));
+  });
+}
+int32_t ctorch_full(ctorch_tensor *out, const int64_t *sizes, int32_t rank, double value, int32_t type, int32_t device,
+                    int32_t index) {
+  return guarded([&] {
+    *out = wrap(at::full(ints(sizes, rank), value, at::TensorOptions().dtype(dtype(type)).device(place(device, index))));
+  });
+}
+int32_t ctorch_arange(ctorch_tensor *out, double start, double end, double step, int32_t type) {
+  return guarded([&] { *out = wrap(at::arange(start, end, step, at::TensorOptions().dtype(dtype(type)))); });
+}
+int32_t ctorch_read(ctorch_tensor t, void *destination, size_t bytes) {
+  return guarded([&] {
+    Tensor c = unwrap(t).detach().to(at::kCPU).contiguous();
+    TORCH_CHECK(c.nbytes() == bytes, "tensor holds ", c.nbytes(), " bytes, buffer ", bytes);
+    std::memcpy(destination, c.data_ptr(), bytes);
+  });
+}
+int32_t ctorch_dtype(ctorch_tensor t) { return int32_t(unwrap(t).scalar_type()); }
+int32_t ctorch_rank(ctorch_tensor t) { return int32_t(unwrap(t).dim()); }
+void ctorch_sizes(ctorch_tensor t, int64_t *sizes) {
+  auto s = unwrap(t).sizes();
+  std::copy(s.begin(), s.end(), sizes);
+}
+void ctorch_device(ctorch_tensor t, int32_t *device, int32_t *index) {
+  auto d = unwrap(t).device();
+  *device = d.is_cuda() ? CTORCH_CUDA : CTORCH_CPU;
+  *index = d.has_index() ? d.index() : 0;
+}
+bool ctorch_is_contiguous(ctorch_tensor t) { return unwrap(t).is_contiguous(); }
+int32_t ctorch_to_dtype(ctorch_tensor *out, ctorch_tensor t, int32_t type) {
+  return guarded([&] { *out = wrap(unwrap(t).to(dtype(type))); });
+}
+int32_t ctorch_to_device(ctorch_tensor *out, ctorch_tensor t, int32_t device, int32_t index) {
+  return guarded([&] { *out = wrap(unwrap(t).to(place(device, index))); });
+}
+int32_t ctorch_copy_(ctorch_tensor self, ctorch_tensor source) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    TORCH_CHECK(unwrap(self).sizes() == unwrap(source).sizes(), "shapes differ");
+    unwrap(self).copy_(unwrap(source));
+  });
+}
+int32_t ctorch_add_(ctorch_tensor self, ctorch_tensor other, double alpha) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    unwrap(self).add_(unwrap(other), alpha);
+  });
+}
+int32_t ctorch_mul_scalar_(ctorch_tensor self, double factor) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    unwrap(self).mul_(factor);
+  });
+}
+
+#define DEFINE_UNARY(op) \
+  int32_t ctorch_##op(ctorch_tensor *out, ctorch_tensor a) { return guarded([&] { *out = wrap(op(unwrap(a))); }); }
+#define DEFINE_BINARY(op)                                                   \
+  int32_t ctorch_##op(ctorch_tensor *out, ctorch_tensor a, ctorch_tensor b) { \
+    return guarded([&] { *out = wrap(at::op(unwrap(a), unwrap(b))); });     \
+  }
+#define DEFINE_SCALAR(op)                                                  \
+  int32_t ctorch_##op##_scalar(ctorch_tensor *out, ctorch_tensor a, double b) { \
+    return guarded([&] { *out = wrap(unwrap(a).op(b)); });                 \
+  }
+static Tensor contiguous(const Tensor &t) { return t.contiguous(); }  // a method only, unlike the others
+CTORCH_UNARY_OPS(DEFINE_UNARY)
+CTORCH_BINARY_OPS(DEFINE_BINARY)
+CTORCH_SCALAR_OPS(DEFINE_SCALAR)
+
+int32_t ctorch_clamp(ctorch_tensor *out, ctorch_tensor a, double low, double high) {
+  return guarded([&] { *out = wrap(at::clamp(unwrap(a), low, high)); });
+}
+int32_t ctorch_gelu(ctorch_tensor *out, ctorch_tensor a, bool tanh_approximation) {
+  return guarded([&] { *out = wrap(at::gelu(unwrap(a), tanh_approximation ? "tanh" : "none")); });
+}
+int32_t ctorch_where(ctorch_tensor *out, ctorch_tensor c, ctorch_tensor a, ctorch_tensor b) {
+  return guarded([&] { *out = wrap(at::where(unwrap(c), unwrap(a), unwrap(b))); });
+}
+int32_t ctorch_addcmul(ctorch_tensor *out, ctorch_tensor a, ctorch_tensor b, ctorch_tensor c) {
+  return guarded([&] { *out = wrap(at::addcmul(unwrap(a), unwrap(b), unwrap(c))); });
+}
+
+int32_t ctorch_reshape(ctorch_tensor *out, ctorch_tensor a, const int64_t *sizes, int32_t rank) {
+  return guarded([&] { *out = wrap(unwrap(a).reshape(ints(sizes, rank))); });
+}
+int32_t ctorch_permute(ctorch_tensor *out, ctorch_tensor a, const int64_t *dims, int32_t count) {
+  return guarded([&] { *out = wrap(unwrap(a).permute(ints(dims, count))); });
+}
+int32_t ctorch_transpose(ctorch_tensor *out, ctorch_tensor a, int64_t d0, int64_t d1) {
+  return guarded([&] { *out = wrap(unwrap(a).transpose(d0, d1)); });
+}
+int32_t ctorch_narrow(ctorch_tensor *out, ctorch_tensor a, int64_t dim, int64_t start, int64_t length) {
+  return guarded([&] { *out = wrap(unwrap(a).narrow(dim, start, length)); });
+}
+int32_t ctorch_select(ctorch_tensor *out, ctorch_tensor a, int64_t dim, int64_t index) {
+  return guarded([&] { *out = wrap(unwrap(a).select(dim, index)); });
+}
+int32_t ctorch_index_select(ctorch_tensor *out, ctorch_tensor a, int64_t dim, ctorch_tensor index) {
+  return guarded([&] { *out = wrap(unwrap(a).index_select(dim, unwrap(index))); });
+}
+int32_t ctorch_gather(ctorch_tensor *out, ctorch_tensor a, int64_t dim, ctorch_tensor index) {
+  return guarded([&] { *out = wrap(unwrap(a).gather(dim, unwrap(index))); });
+}
+int32_t ctorch_unsqueeze(ctorch_tensor *out, ctorch_tensor a, int64_t dim) {
+  return guarded([&] { *out = wrap(unwrap(a).unsqueeze(dim)); });
+}
+int32_t ctorch_squeeze(ctorch_tensor *out, ctorch_tensor a, int64_t dim) {
+  return guarded([&] { *out = wrap(unwrap(a).squeeze(dim)); });
+}
+int32_t ctorch_expand(ctorch_tensor *out, ctorch_tensor a, const int64_t *sizes, int32_t rank) {
+  return guarded([&] { *out = wrap(unwrap(a).expand(ints(sizes, rank))); });
+}
+int32_t ctorch_repeat_interleave(ctorch_tensor *out, ctorch_tensor a, int64_t repeats, int64_t dim) {
+  return guarded([&] { *out = wrap(unwrap(a).repeat_interleave(repeats, dim)); });
+}
+int32_t ctorch_cat(ctorch_tensor *out, const ctorch_tensor *items, int32_t count, int64_t dim) {
+  return guarded([&] { *out = wrap(at::cat(list(items, count), dim)); });
+}
+int32_t ctorch_stack(ctorch_tensor *out, const ctorch_tensor *items, int32_t count, int64_t dim) {
+  return guarded([&] { *out = wrap(at::stack(list(items, count), dim)); });
+}
+int32_t ctorch_pad(ctorch_tensor *out, ctorch_tensor a, const int64_t *padding, int32_t count, double value) {
+  return guarded([&] { *out = wrap(at::constant_pad_nd(unwrap(a), ints(padding, count), value)); });
+}
+
+#define DEFINE_REDUCTION(op, all, some)                                                                          \
+  int32_t ctorch_##op(ctorch_tensor *out, ctorch_tensor t, const int64_t *dims, int32_t count, bool keep) {      \
+    return guarded([&] {                                                                                         \
+      const Tensor &a = unwrap(t);                                                                               \
+      *out = wrap(count == 0 ? (all) : (some));                                                                  \
+    });                                                                                                          \
+  }
+DEFINE_REDUCTION(sum, a.sum(), a.sum(ints(dims, count), keep))
+DEFINE_REDUCTION(mean, a.mean(), a.mean(ints(dims, count), keep))
+DEFINE_REDUCTION(amax, a.amax(), a.amax(ints(dims, count), keep))
+DEFINE_REDUCTION(amin, a.amin(), a.amin(ints(dims, count), keep))
+int32_t ctorch_var(ctorch_tensor *out, ctorch_tensor a, const int64_t *dims, int32_t count, double correction, bool keep) {
+  return guarded([&] {
+    at::OptionalIntArrayRef which;
+    if (count > 0) which = ints(dims, count);
+    *out = wrap(at::var(unwrap(a), which, at::Scalar(correction), keep));
+  });
+}
+int32_t ctorch_argmax(ctorch_tensor *out, ctorch_tensor a, int64_t dim, bool keep) {
+  return guarded([&] { *out = wrap(unwrap(a).argmax(dim, keep)); });
+}
+int32_t ctorch_min_dim(ctorch_tensor *values, ctorch_tensor *indices, ctorch_tensor a, int64_t dim, bool keep) {
+  return guarded([&] {
+    auto [v, i] = unwrap(a).min(dim, keep);
+    *values = wrap(v);
+    *indices = wrap(i);
+  });
+}
+int32_t ctorch_softmax(ctorch_tensor *out, ctorch_tensor a, int64_t dim) {
+  return guarded([&] { *out = wrap(unwrap(a).softmax(dim)); });
+}
+
+int32_t ctorch_linear(ctorch_tensor *out, ctorch_tensor x, ctorch_tensor weight, ctorch_tensor bias) {
+  return guarded([&] { *out = wrap(at::linear(unwrap(x), unwrap(weight), optional(bias))); });
+}
+int32_t ctorch_layer_norm(ctorch_tensor *out, ctorch_tensor x, ctorch_tensor weight, ctorch_tensor bias, double eps) {
+  return guarded([&] {
+    const Tensor &t = unwrap(x);
+    *out = wrap(at::layer_norm(t, t.sizes().slice(t.dim() - 1), optional(weight), optional(bias), eps));
+  });
+}
+int32_t ctorch_group_norm(ctorch_tensor *out, ctorch_tensor x, int64_t groups, ctorch_tensor weight, ctorch_tensor bias, double eps) {
+  return guarded([&] { *out = wrap(at::group_norm(unwrap(x), groups, optional(weight), optional(bias), eps)); });
+}
+int32_t ctorch_rms_norm(ctorch_tensor *out, ctorch_tensor x, ctorch_tensor weight, double eps) {
+  return guarded([&] {
+    const Tensor &t = unwrap(x);
+    Tensor f = t.to(at::kFloat);
+    Tensor r = t * at::rsqrt(at::mean(at::square(f), at::IntArrayRef{-1}, true) + eps).to(t.scalar_type());
+    *out = wrap(weight ? r * unwrap(weight) : r);
+  });
+}
+int32_t ctorch_conv2d(ctorch_tensor *out, ctorch_tensor x, ctorch_tensor weight, ctorch_tensor bias, int64_t stride, int64_t padding) {
+  return guarded([&] {
+    *out = wrap(at::conv2d(unwrap(x), unwrap(weight), optional(bias), at::IntArrayRef{stride, stride}, at::IntArrayRef{padding, padding}));
+  });
+}
+int32_t ctorch_upsample_nearest(ctorch_tensor *out, ctorch_tensor x, double factor) {
+  return guarded([&] {
+    const Tensor &t = unwrap(x);
+    *out = wrap(at::upsample_nearest2d(t, {int64_t(double(t.size(-2)) * factor), int64_t(double(t.size(-1)) * factor)}, factor, factor));
+  });
+}
+int32_t ctorch_attention(ctorch_tensor *out, ctorch_tensor q, ctorch_tensor k, ctorch_tensor v, ctorch_tensor mask, double scale) {
+  return guarded([&] {
+    std::optional<double> factor;
+    if (scale != 0) factor = scale;
+    *out = wrap(at::scaled_dot_product_attention(unwrap(q), unwrap(k), unwrap(v), optional(mask), 0.0, false, factor));
+  });
+}
+int32_t ctorch_baddbmm(ctorch_tensor *out, ctorch_tensor a, ctorch_tensor b, ctorch_tensor c, double beta, double alpha) {
+  return guarded([&] { *out = wrap(at::baddbmm(unwrap(a), unwrap(b), unwrap(c), beta, alpha)); });
+}
+int32_t ctorch_addmm(ctorch_tensor *out, ctorch_tensor a, ctorch_tensor b, ctorch_tensor c, double alpha) {
+  return guarded([&] { *out = wrap(at::addmm(unwrap(a), unwrap(b), unwrap(c), 1, alpha)); });
+}
+int32_t ctorch_rfft2(ctorch_tensor *out, ctorch_tensor x, int64_t height, int64_t width) {
+  return guarded([&] { *out = wrap(at::fft_rfft2(unwrap(x), at::IntArrayRef{height, width})); });
+}
+int32_t ctorch_irfft2(ctorch_tensor *out, ctorch_tensor x, int64_t height, int64_t width) {
+  return guarded([&] { *out = wrap(at::fft_irfft2(unwrap(x), at::IntArrayRef{height, width})); });
+}
+
+bool ctorch_requires_grad(ctorch_tensor t) { return unwrap(t).requires_grad(); }
+int32_t ctorch_set_requires_grad(ctorch_tensor t, bool value) {
+  return guarded([&] { unwrap(t).set_requires_grad(value); });
+}
+int32_t ctorch_grad(ctorch_tensor *out, ctorch_tensor t) {
+  return guarded([&] {
+    const Tensor &g = unwrap(t).grad();
+    *out = g.defined() ? wrap(g) : nullptr;
+  });
+}
+int32_t ctorch_clear_grad(ctorch_tensor t) {
+  return guarded([&] { unwrap(t).mutable_grad() = Tensor(); });
+}
+int32_t ctorch_backward(ctorch_tensor loss, ctorch_tensor gradient) {
+  return guarded([&] {
+    std::vector<Tensor> seeds;
+    if (gradient) seeds.push_back(unwrap(gradient));
+    torch::autograd::backward({unwrap(loss)}, seeds);
+  });
+}
+int32_t ctorch_total_norm(ctorch_tensor *out, const ctorch_tensor *items, int32_t count) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    *out = wrap(at::linalg_vector_norm(at::stack(at::_foreach_norm(list(items, count), 2)).to(at::kFloat), 2));
+  });
+}
+int32_t ctorch_foreach_mul_(const ctorch_tensor *items, int32_t count, double factor) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    at::_foreach_mul_(list(items, count), factor);
+  });
+}
+int32_t ctorch_fused_adamw_(const ctorch_tensor *params, const ctorch_tensor *grads, const ctorch_tensor *means,
+                            const ctorch_tensor *squares, const ctorch_tensor *steps, int32_t count, double lr,
+                            double beta1, double beta2, double weight_decay, double eps) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    auto p = list(params, count), g = list(grads, count), m = list(means, count), s = list(squares, count),
+         n = list(steps, count);
+    at::_fused_adamw_(p, g, m, s, /*max_exp_avg_sqs=*/{}, n, lr, beta1, beta2, weight_decay, eps,
+                      /*amsgrad=*/false, /*maximize=*/false);
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,146 @@
+/* C ABI over libtorch: the only place where Swift and C++ meet.
+ *
+ * Every function that can fail returns 0, or -1 with the message in ctorch_last_error() of the same thread.
+ * `ctorch_tensor *out` receives a new reference: release it with ctorch_tensor_free. Other arguments are
+ * borrowed. NULL stands for "no tensor" where a comment says so. No C++ exception escapes. The first call on
+ * a thread turns flush-denormal on there (it is thread-local, and denormals made training 3.6x slower).
+ */
+#ifndef CTORCH_H
+#define CTORCH_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define CTORCH_API __attribute__((visibility("default")))
+
+/* Raised whenever a signature below changes; the Swift side refuses a library with another number. */
+#define CTORCH_ABI_VERSION 1
+
+typedef struct ctorch_tensor_opaque *ctorch_tensor;
+
+/* dtypes: the numbers of c10::ScalarType, pinned by static_assert in ctorch.cpp. */
+enum {
+  CTORCH_UINT8 = 0, CTORCH_INT32 = 3, CTORCH_INT64 = 4, CTORCH_FLOAT16 = 5, CTORCH_FLOAT32 = 6,
+  CTORCH_FLOAT64 = 7, CTORCH_COMPLEX64 = 9, CTORCH_BOOL = 11, CTORCH_BFLOAT16 = 15
+};
+enum { CTORCH_CPU = 0, CTORCH_CUDA = 1 };
+
+/* -- library ------------------------------------------------------------------------------------------- */
+CTORCH_API int32_t ctorch_abi_version(void);
+CTORCH_API const char *ctorch_torch_version(void); /* static storage */
+CTORCH_API const char *ctorch_last_error(void);    /* valid until the next call on this thread */
+CTORCH_API int64_t ctorch_live_tensors(void);      /* references handed out and not yet released */
+CTORCH_API int32_t ctorch_num_threads(void);
+CTORCH_API int32_t ctorch_set_num_threads(int32_t count);
+CTORCH_API bool ctorch_cuda_available(void);
+CTORCH_API bool ctorch_has_bfloat16_matmul(void);  /* CPU with native bfloat16 dot products */
+CTORCH_API int32_t ctorch_synchronize(int32_t device, int32_t index);
+
+/* -- modes of the calling thread: each returns the previous value --------------------------------------- */
+CTORCH_API bool ctorch_set_grad_enabled(bool enabled);
+CTORCH_API int32_t ctorch_autocast_get(int32_t device, bool *enabled, int32_t *dtype);
+CTORCH_API int32_t ctorch_autocast_set(int32_t device, bool enabled, int32_t dtype); /* leaving clears the cache */
+
+/* -- life, content --------------------------------------------------------------------------------------- */
+CTORCH_API void ctorch_tensor_free(ctorch_tensor tensor);
+/* Copies `count` elements from `data`. */
+CTORCH_API int32_t ctorch_from_data(ctorch_tensor *out, const void *data, int32_t dtype, const int64_t *sizes, int32_t rank);
+/* No copy: `release(context)` runs when the last tensor on `data` goes. */
+CTORCH_API int32_t ctorch_from_memory(ctorch_tensor *out, void *data, int32_t dtype, const int64_t *sizes, int32_t rank,
+                                      void (*release)(void *), void *context);
+CTORCH_API int32_t ctorch_full(ctorch_tensor *out, const int64_t *sizes, int32_t rank, double value, int32_t dtype, int32_t device, int32_t index);
+CTORCH_API int32_t ctorch_arange(ctorch_tensor *out, double start, double end, double step, int32_t dtype);
+/* Copies the contents, contiguous and in the tensor's own dtype, to `destination` of `bytes` bytes. */
+CTORCH_API int32_t ctorch_read(ctorch_tensor tensor, void *destination, size_t bytes);
+CTORCH_API int32_t ctorch_dtype(ctorch_tensor tensor);
+CTORCH_API int32_t ctorch_rank(ctorch_tensor tensor);
+CTORCH_API void ctorch_sizes(ctorch_tensor tensor, int64_t *sizes);
+CTORCH_API void ctorch_device(ctorch_tensor tensor, int32_t *device, int32_t *index);
+CTORCH_API bool ctorch_is_contiguous(ctorch_tensor tensor);
+CTORCH_API int32_t ctorch_to_dtype(ctorch_tensor *out, ctorch_tensor tensor, int32_t dtype);
+CTORCH_API int32_t ctorch_to_device(ctorch_tensor *out, ctorch_tensor tensor, int32_t device, int32_t index);
+CTORCH_API int32_t ctorch_copy_(ctorch_tensor self, ctorch_tensor source);
+CTORCH_API int32_t ctorch_add_(ctorch_tensor self, ctorch_tensor other, double alpha);
+CTORCH_API int32_t ctorch_mul_scalar_(ctorch_tensor self, double factor);
+
+/* -- elementwise ------------------------------------------------------------------------------------------- */
+#define CTORCH_UNARY_OPS(X)                                                                                   \
+  X(abs) X(clone) X(contiguous) X(cos) X(detach) X(exp) X(floor) X(isfinite) X(log) X(logical_not) X(neg)      \
+  X(reciprocal) X(round) X(rsqrt) X(sigmoid) X(silu) X(sin) X(sqrt) X(square) X(tanh) X(view_as_complex)       \
+  X(view_as_real) X(conj)
+#define CTORCH_BINARY_OPS(X)                                                                                  \
+  X(add) X(sub) X(mul) X(div) X(maximum) X(minimum) X(matmul) X(pow) X(eq) X(ne) X(lt) X(le) X(gt) X(ge)       \
+  X(logical_and) X(logical_or)
+#define CTORCH_SCALAR_OPS(X) X(add) X(sub) X(mul) X(div) X(pow) X(eq) X(ne) X(lt) X(le) X(gt) X(ge)
+#define CTORCH_DECLARE_UNARY(op) CTORCH_API int32_t ctorch_##op(ctorch_tensor *out, ctorch_tensor a);
+#define CTORCH_DECLARE_BINARY(op) CTORCH_API int32_t ctorch_##op(ctorch_tensor *out, ctorch_tensor a, ctorch_tensor b);
+#define CTORCH_DECLARE_SCALAR(op) CTORCH_API int32_t ctorch_##op##_scalar(ctorch_tensor *out, ctorch_tensor a, double b);
+CTORCH_UNARY_OPS(CTORCH_DECLARE_UNARY)
+CTORCH_BINARY_OPS(CTORCH_DECLARE_BINARY)
+CTORCH_SCALAR_OPS(CTORCH_DECLARE_SCALAR)
+CTORCH_API int32_t ctorch_clamp(ctorch_tensor *out, ctorch_tensor a, double low, double high);
+CTORCH_API int32_t ctorch_gelu(ctorch_tensor *out, ctorch_tensor a, bool tanh_approximation);
+CTORCH_API int32_t ctorch_where(ctorch_tensor *out, ctorch_tensor condition, ctorch_tensor a, ctorch_tensor b);
+CTORCH_API int32_t ctorch_addcmul(ctorch_tensor *out, ctorch_tensor a, ctorch_tensor b, ctorch_tensor c); /* a + b*c */
+
+/* -- shape ----------------------------------------------------------------------------------------------- */
+CTORCH_API int32_t ctorch_reshape(ctorch_tensor *out, ctorch_tensor a, const int64_t *sizes, int32_t rank);
+CTORCH_API int32_t ctorch_permute(ctorch_tensor *out, ctorch_tensor a, const int64_t *dims, int32_t count);
+CTORCH_API int32_t ctorch_transpose(ctorch_tensor *out, ctorch_tensor a, int64_t d0, int64_t d1);
+CTORCH_API int32_t ctorch_narrow(ctorch_tensor *out, ctorch_tensor a, int64_t dim, int64_t start, int64_t length);
+CTORCH_API int32_t ctorch_select(ctorch_tensor *out, ctorch_tensor a, int64_t dim, int64_t index);
+CTORCH_API int32_t ctorch_index_select(ctorch_tensor *out, ctorch_tensor a, int64_t dim, ctorch_tensor index);
+CTORCH_API int32_t ctorch_gather(ctorch_tensor *out, ctorch_tensor a, int64_t dim, ctorch_tensor index);
+CTORCH_API int32_t ctorch_unsqueeze(ctorch_tensor *out, ctorch_tensor a, int64_t dim);
+CTORCH_API int32_t ctorch_squeeze(ctorch_tensor *out, ctorch_tensor a, int64_t dim);
+CTORCH_API int32_t ctorch_expand(ctorch_tensor *out, ctorch_tensor a, const int64_t *sizes, int32_t rank);
+CTORCH_API int32_t ctorch_repeat_interleave(ctorch_tensor *out, ctorch_tensor a, int64_t repeats, int64_t dim);
+CTORCH_API int32_t ctorch_cat(ctorch_tensor *out, const ctorch_tensor *list, int32_t count, int64_t dim);
+CTORCH_API int32_t ctorch_stack(ctorch_tensor *out, const ctorch_tensor *list, int32_t count, int64_t dim);
+CTORCH_API int32_t ctorch_pad(ctorch_tensor *out, ctorch_tensor a, const int64_t *padding, int32_t count, double value);
+
+/* -- reductions; count 0 reduces everything ---------------------------------------------------------------- */
+CTORCH_API int32_t ctorch_sum(ctorch_tensor *out, ctorch_tensor a, const int64_t *dims, int32_t count, bool keep);
+CTORCH_API int32_t ctorch_mean(ctorch_tensor *out, ctorch_tensor a, const int64_t *dims, int32_t count, bool keep);
+CTORCH_API int32_t ctorch_amax(ctorch_tensor *out, ctorch_tensor a, const int64_t *dims, int32_t count, bool keep);
+CTORCH_API int32_t ctorch_amin(ctorch_tensor *out, ctorch_tensor a, const int64_t *dims, int32_t count, bool keep);
+CTORCH_API int32_t ctorch_var(ctorch_tensor *out, ctorch_tensor a, const int64_t *dims, int32_t count, double correction, bool keep);
+CTORCH_API int32_t ctorch_argmax(ctorch_tensor *out, ctorch_tensor a, int64_t dim, bool keep);
+CTORCH_API int32_t ctorch_min_dim(ctorch_tensor *values, ctorch_tensor *indices, ctorch_tensor a, int64_t dim, bool keep);
+CTORCH_API int32_t ctorch_softmax(ctorch_tensor *out, ctorch_tensor a, int64_t dim);
+
+/* -- layers; weight, bias, mask may be NULL ------------------------------------------------------------------ */
+CTORCH_API int32_t ctorch_linear(ctorch_tensor *out, ctorch_tensor x, ctorch_tensor weight, ctorch_tensor bias);
+CTORCH_API int32_t ctorch_layer_norm(ctorch_tensor *out, ctorch_tensor x, ctorch_tensor weight, ctorch_tensor bias, double eps);
+CTORCH_API int32_t ctorch_group_norm(ctorch_tensor *out, ctorch_tensor x, int64_t groups, ctorch_tensor weight, ctorch_tensor bias, double eps);
+CTORCH_API int32_t ctorch_rms_norm(ctorch_tensor *out, ctorch_tensor x, ctorch_tensor weight, double eps); /* statistics in float32 */
+CTORCH_API int32_t ctorch_conv2d(ctorch_tensor *out, ctorch_tensor x, ctorch_tensor weight, ctorch_tensor bias, int64_t stride, int64_t padding);
+CTORCH_API int32_t ctorch_upsample_nearest(ctorch_tensor *out, ctorch_tensor x, double factor);
+CTORCH_API int32_t ctorch_attention(ctorch_tensor *out, ctorch_tensor q, ctorch_tensor k, ctorch_tensor v, ctorch_tensor mask, double scale); /* scale 0: 1/sqrt(d) */
+/* beta*a + alpha*(b @ c), batched */
+CTORCH_API int32_t ctorch_baddbmm(ctorch_tensor *out, ctorch_tensor a, ctorch_tensor b, ctorch_tensor c, double beta, double alpha);
+CTORCH_API int32_t ctorch_addmm(ctorch_tensor *out, ctorch_tensor a, ctorch_tensor b, ctorch_tensor c, double alpha); /* a + alpha*(b @ c), 2-D */
+CTORCH_API int32_t ctorch_rfft2(ctorch_tensor *out, ctorch_tensor x, int64_t height, int64_t width);
+CTORCH_API int32_t ctorch_irfft2(ctorch_tensor *out, ctorch_tensor x, int64_t height, int64_t width);
+
+/* -- autograd and optimisation ------------------------------------------------------------------------------- */
+CTORCH_API bool ctorch_requires_grad(ctorch_tensor tensor);
+CTORCH_API int32_t ctorch_set_requires_grad(ctorch_tensor tensor, bool value);
+CTORCH_API int32_t ctorch_grad(ctorch_tensor *out, ctorch_tensor tensor); /* *out is NULL where there is none */
+CTORCH_API int32_t ctorch_clear_grad(ctorch_tensor tensor);
+CTORCH_API int32_t ctorch_backward(ctorch_tensor loss, ctorch_tensor gradient); /* gradient NULL: 1 for a scalar */
+CTORCH_API int32_t ctorch_total_norm(ctorch_tensor *out, const ctorch_tensor *list, int32_t count); /* 2-norm over all, float32 scalar */
+CTORCH_API int32_t ctorch_foreach_mul_(const ctorch_tensor *list, int32_t count, double factor);
+CTORCH_API int32_t ctorch_fused_adamw_(const ctorch_tensor *params, const ctorch_tensor *grads, const ctorch_tensor *means,
+                                       const ctorch_tensor *squares, const ctorch_tensor *steps, int32_t count,
+                                       double lr, double beta1, double beta2, double weight_decay, double eps);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

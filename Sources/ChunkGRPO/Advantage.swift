@@ -1,0 +1,146 @@
+/// What groups of rewards need and did not get.
+public enum AdvantageError: Error, CustomStringConvertible, Sendable, Equatable {
+  /// A group of one has no advantage relative to anything.
+  case groupTooSmall(group: Int, size: Int)
+  /// An unmasked reward is infinite or not a number.
+  case notFinite(group: Int, sample: Int, reward: Double)
+  /// The mask or another reward has a different shape.
+  case shapeMismatch(expected: Int, got: Int)
+  /// One weight for each reward.
+  case weightCount(rewards: Int, weights: Int)
+
+  /// What is wrong, what was expected, and the way out.
+  public var description: String {
+    switch self {
+    case .groupTooSmall(let group, let size):
+      "group \(group) has \(size) \(size == 1 ? "sample" : "samples"), expected at least 2: raise group.size"
+    case .notFinite(let group, let sample, let reward):
+      "reward of sample \(sample) in group \(group) is \(reward), expected a finite number: "
+        + "mask samples whose reward failed"
+    case .shapeMismatch(let expected, let got):
+      "rewards and masks must have one entry a sample: expected \(expected), got \(got)"
+    case .weightCount(let rewards, let weights):
+      "rewards: expected \(rewards) weights, one a reward, got \(weights)"
+    }
+  }
+}
+
+/// Which standard deviation divides a group's centred rewards.
+public enum AdvantageStd: String, Codable, CaseIterable, Sendable {
+  /// The group's own.
+  case group
+  /// That of all samples of the iteration, over all groups.
+  case global
+}
+
+/// Group-relative advantages A_k = (R_k − mean) / (std + 1e-8), std with n − 1.
+public struct Advantages: Sendable, Equatable {
+  /// One advantage a sample, group after group; 0 for masked samples.
+  public let values: [Double]
+  /// Groups whose unmasked rewards are all equal or fewer than two: their advantages are 0.
+  public let zeroGroups: Int
+  /// Samples left out because their reward failed.
+  public let masked: Int
+
+  /// The advantages of one group.
+  ///
+  /// - Parameters:
+  ///   - rewards: one a sample.
+  ///   - masked: true for samples to leave out; nil leaves out none.
+  ///   - clamp: largest magnitude.
+  /// - Throws: ``AdvantageError``.
+  public static func group(
+    rewards: [Double], masked: [Bool]? = nil, clamp: Double = 5
+  ) throws(AdvantageError) -> Advantages {
+    try groups(rewards: [rewards], masked: masked.map { [$0] }, clamp: clamp)
+  }
+
+  /// The advantages of all groups of an iteration, gathered from all devices.
+  ///
+  /// - Parameters:
+  ///   - rewards: one list a group.
+  ///   - masked: true for samples to leave out, shaped like `rewards`; nil leaves out none.
+  ///   - std: which standard deviation divides.
+  ///   - clamp: largest magnitude.
+  /// - Returns: values in the order of `rewards`, flattened.
+  /// - Throws: ``AdvantageError``.
+  public static func groups(
+    rewards: [[Double]], masked: [[Bool]]? = nil, std: AdvantageStd = .group, clamp: Double = 5
+  ) throws(AdvantageError) -> Advantages {
+    let masked = masked ?? rewards.map { $0.map { _ in false } }
+    guard masked.count == rewards.count else {
+      throw .shapeMismatch(expected: rewards.count, got: masked.count)
+    }
+    for (g, group) in rewards.enumerated() { try check(group, masked: masked[g], group: g) }
+    let kept = zip(rewards, masked).map { zip($0, $1).filter { !$1 }.map(\.0) }
+    let all = kept.flatMap { $0 }
+    let global = std == .global && !all.isEmpty ? moments(all).standardDeviation : nil
+    let values = zip(rewards, masked).flatMap {
+      standardised($0, masked: $1, standardDeviation: global).map { min(max($0, -clamp), clamp) }
+    }
+    return Advantages(
+      values: values, zeroGroups: kept.filter { !varies($0) }.count,
+      masked: masked.reduce(0) { $0 + $1.filter { $0 }.count })
+  }
+
+  /// Refuses groups below two samples, shapes that differ and unmasked rewards that are not finite.
+  fileprivate static func check(_ rewards: [Double], masked: [Bool], group: Int) throws(AdvantageError) {
+    guard rewards.count > 1 else { throw .groupTooSmall(group: group, size: rewards.count) }
+    guard masked.count == rewards.count else {
+      throw .shapeMismatch(expected: rewards.count, got: masked.count)
+    }
+    for (i, reward) in rewards.enumerated() where !masked[i] && !reward.isFinite {
+      throw .notFinite(group: group, sample: i, reward: reward)
+    }
+  }
+}
+
+/// Whether at least two rewards differ: asked of the rewards themselves, as equal ones can leave a standard
+/// deviation of rounding noise.
+private func varies(_ rewards: [Double]) -> Bool {
+  rewards.count > 1 && rewards.min() != rewards.max()
+}
+
+/// (R − mean) / (std + 1e-8) of the unmasked members, 0 for the others and when all are equal.
+private func standardised(
+  _ rewards: [Double], masked: [Bool], standardDeviation: Double? = nil
+) -> [Double] {
+  let kept = zip(rewards, masked).filter { !$1 }.map(\.0)
+  guard varies(kept) else { return rewards.map { _ in 0 } }
+  let (mean, own) = moments(kept)
+  return zip(rewards, masked).map { $1 ? 0 : ($0 - mean) / ((standardDeviation ?? own) + 1e-8) }
+}
+
+/// How several rewards become one: the configuration's `aggregate`.
+public enum RewardAggregate: String, Codable, CaseIterable, Sendable {
+  /// Σ w_k R_k.
+  case sum
+  /// Σ w_k z_k, each reward first standardised within its group (0 where it is equal for all).
+  case normalised
+
+  /// The combined rewards of one group.
+  ///
+  /// - Parameters:
+  ///   - rewards: for each reward, one value a sample.
+  ///   - weights: one for each reward.
+  ///   - masked: samples to leave out of the statistics; theirs is 0.
+  /// - Throws: ``AdvantageError``.
+  public func combine(
+    rewards: [[Double]], weights: [Double], masked: [Bool]? = nil
+  ) throws(AdvantageError) -> [Double] {
+    guard let first = rewards.first, rewards.count == weights.count else {
+      throw .weightCount(rewards: rewards.count, weights: weights.count)
+    }
+    let masked = masked ?? first.map { _ in false }
+    var total = [Double](repeating: 0, count: first.count)
+    for (reward, weight) in zip(rewards, weights) {
+      guard reward.count == first.count else {
+        throw .shapeMismatch(expected: first.count, got: reward.count)
+      }
+      try Advantages.check(reward, masked: masked, group: 0)
+      let values = self == .sum ? reward : standardised(reward, masked: masked)
+      for i in total.indices where !masked[i] { total[i] += weight * values[i] }
+    }
+    return total
+  }
+}

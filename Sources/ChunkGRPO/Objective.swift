@@ -1,0 +1,149 @@
+import Foundation
+
+/// Over which steps a probability ratio is formed: the configuration's `chunk.ratio`.
+public enum RatioKind: String, Codable, CaseIterable, Sendable {
+  /// One for each step, whatever the plan.
+  case step
+  /// One for each chunk: the geometric mean over its steps, the paper's choice.
+  case chunk
+  /// One for all trained steps of the sample, whatever the plan.
+  case sequence
+}
+
+/// A ratio r is clipped to 1 − low … 1 + high.
+public struct ClipRange: Sendable, Equatable, Codable {
+  /// ε⁻.
+  public let low: Double
+  /// ε⁺.
+  public let high: Double
+
+  /// A clip range from its two widths, both 0 or more.
+  public init(low: Double, high: Double) { (self.low, self.high) = (low, high) }
+}
+
+/// A log-probability that cannot be trained on.
+public enum ObjectiveError: Error, CustomStringConvertible, Sendable, Equatable {
+  /// The change of a step's log-probability is not finite, or its ratio overflows.
+  case notFinite(chunk: Int, step: Int, new: Double, old: Double)
+
+  /// What is wrong, what was expected, and the way out.
+  public var description: String {
+    switch self {
+    case .notFinite(let chunk, let step, let new, let old):
+      "step \(step) of trained chunk \(chunk): log-probability \(new) now and \(old) at rollout, expected "
+        + "finite numbers with a finite ratio; lower optim.lr, or resume from an earlier checkpoint"
+    }
+  }
+}
+
+/// The log-probabilities of one trained chunk.
+public struct TrainedChunk: Sendable, Equatable {
+  /// log p_θ of each step.
+  public let new: [Double]
+  /// log p_old of each step, as many.
+  public let old: [Double]
+  /// W_j.
+  public let weight: Double
+
+  /// Log-probabilities of at least one step under both policies, and the chunk's positive weight.
+  public init(new: [Double], old: [Double], weight: Double = 1) {
+    precondition(!new.isEmpty && new.count == old.count, "a chunk needs both log-probabilities of every step")
+    precondition(weight > 0, "a chunk's weight must be positive")
+    (self.new, self.old, self.weight) = (new, old, weight)
+  }
+}
+
+/// One sample's share of the clipped objective, to be **maximised**, and its derivatives.
+///
+/// With ω_j = W_j / (cs_j·ΣW) for every step of trained chunk j (so that Σ ω over the trained steps is 1) the
+/// share is the sum over ratios of Ω·min(r·A, clip(r)·A) / S, where Ω is the sum of ω over the ratio's steps
+/// and
+/// - `chunk`: r_j = exp(mean over the chunk of log p_θ − log p_old), Ω = W_j / ΣW;
+/// - `step`: r_i = exp(log p_θ − log p_old), Ω = ω_j;
+/// - `sequence`: r = exp(Σ ω·(log p_θ − log p_old)), Ω = 1.
+///
+/// In all three ∂/∂log p_θ(i) = A·r·u·ω / S with u = 0 where the clip holds the objective constant: at ratio
+/// 1 they are the same numbers. The clip is one-sided: u = 1 if (A > 0 and r ≤ 1 + ε⁺) or (A < 0 and r ≥ 1 −
+/// ε⁻).
+public struct SampleObjective: Sendable, Equatable {
+  /// ∂value/∂log p_θ for each trained chunk and step; a minimiser's loss is −Σ coefficient·log p_θ.
+  public let coefficients: [[Double]]
+  /// ω/S of each trained chunk: the factor of each of its steps in a per-step penalty, such as the Gaussian
+  /// KL.
+  public let stepWeights: [Double]
+  /// The ratios, one for each step, chunk or sample.
+  public let ratios: [Double]
+  /// Where the clip stops the gradient, one for each ratio; false where the advantage is 0.
+  public let clipped: [Bool]
+  /// The share itself.
+  public let value: Double
+
+  /// The share of one sample, from its advantage and its trained chunks.
+  ///
+  /// - Parameters:
+  ///   - advantage: A.
+  ///   - chunks: the sample's trained chunks, at least one.
+  ///   - ratio: over what ratios are formed.
+  ///   - clip: ε⁻ and ε⁺.
+  ///   - samples: S, the samples of the update, those with zero advantage and masked ones included.
+  /// - Throws: ``ObjectiveError/notFinite(chunk:step:new:old:)``.
+  public init(
+    advantage: Double, chunks: [TrainedChunk], ratio: RatioKind, clip: ClipRange, samples: Int
+  ) throws(ObjectiveError) {
+    precondition(!chunks.isEmpty && samples > 0, "an objective needs a trained chunk and a sample")
+    let total = chunks.reduce(0) { $0 + $1.weight }
+    let omega = chunks.map { $0.weight / (Double($0.new.count) * total) }
+    let changes = chunks.map { zip($0.new, $0.old).map { $0 - $1 } }
+    for (j, change) in changes.enumerated() {
+      if let i = change.firstIndex(where: { !exp($0).isFinite || !$0.isFinite }) {
+        throw .notFinite(chunk: j, step: i, new: chunks[j].new[i], old: chunks[j].old[i])
+      }
+    }
+    let perStep: [[Double]]  // the ratio each step belongs to
+    switch ratio {
+    case .step:
+      perStep = changes.map { $0.map { exp($0) } }
+      ratios = perStep.flatMap { $0 }
+    case .chunk:
+      ratios = changes.map { exp($0.reduce(0, +) / Double($0.count)) }
+      perStep = zip(ratios, changes).map { r, change in change.map { _ in r } }
+    case .sequence:
+      let r = exp(zip(omega, changes).reduce(0) { $0 + $1.0 * $1.1.reduce(0, +) })
+      ratios = [r]
+      perStep = changes.map { $0.map { _ in r } }
+    }
+    func passes(_ r: Double) -> Bool {
+      (advantage > 0 && r <= 1 + clip.high) || (advantage < 0 && r >= 1 - clip.low)
+    }
+    coefficients = zip(perStep, omega).map { ratios, omega in
+      ratios.map { passes($0) ? advantage * $0 * omega / Double(samples) : 0 }
+    }
+    stepWeights = omega.map { $0 / Double(samples) }
+    clipped = ratios.map { advantage != 0 && !passes($0) }
+    value = zip(perStep, omega).reduce(0) { sum, chunk in
+      // a ratio shared by several steps enters with the sum of their ω
+      chunk.0.reduce(sum) { sum, r in
+        let bounded = min(max(r, 1 - clip.low), 1 + clip.high)
+        return sum + chunk.1 * min(r * advantage, bounded * advantage) / Double(samples)
+      }
+    }
+  }
+
+  /// What the k3 penalty −β·(e^d − 1 − d), d = mean over the chunk of log p_ref − log p_θ, adds to the
+  /// objective.
+  ///
+  /// - Parameters:
+  ///   - chunk: the chunk's log-probabilities; `new` is read.
+  ///   - reference: log p_ref of each step.
+  ///   - beta: β.
+  ///   - stepWeight: the chunk's entry in ``stepWeights``.
+  /// - Returns: the chunk's share of the objective, and what to add to the coefficient of each of its steps.
+  public static func k3(
+    chunk: TrainedChunk, reference: [Double], beta: Double, stepWeight: Double
+  ) -> (value: Double, coefficient: Double) {
+    precondition(reference.count == chunk.new.count, "k3 needs the reference log-probability of every step")
+    let size = Double(reference.count)
+    let d = zip(reference, chunk.new).reduce(0) { $0 + $1.0 - $1.1 } / size
+    return (-beta * (expm1(d) - d) * stepWeight * size, beta * expm1(d) * stepWeight)
+  }
+}

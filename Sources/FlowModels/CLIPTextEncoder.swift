@@ -1,0 +1,108 @@
+import Foundation
+import Torch
+import TorchNN
+
+/// CLIP's text transformer.
+///
+/// Reference: transformers 5.23.0 CLIPTextModel; keys with and without the prefix `text_model.` are accepted.
+public final class CLIPTextEncoder {
+  /// Sizes from `config.json`.
+  public struct Config: Decodable, Sendable {
+    let vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: Int
+    let max_position_embeddings: Int
+    let hidden_act: String?
+    let layer_norm_eps: Double?
+    let eos_token_id: Int?
+  }
+
+  /// The sizes this was built with.
+  public let config: Config
+  /// Layers and parameters by checkpoint key.
+  public let modules = ModuleRegistry()
+  /// Longest sequence the positions cover.
+  public var maxLength: Int { config.max_position_embeddings }
+  private let tokens, positions: Embedding
+  private let layers: [Layer]
+  private let finalNorm: LayerNorm
+
+  /// Builds the encoder and takes every parameter of `folder`.
+  public init(folder: URL) throws {
+    config = try ModelFolder.decode(Config.self, folder.appending(path: "config.json"))
+    let activation = config.hidden_act ?? "quick_gelu"
+    guard ["quick_gelu", "gelu"].contains(activation) else {
+      throw ModelError("\(folder.path)/config.json: hidden_act \(activation) is not one of quick_gelu, gelu")
+    }
+    let checkpoint = try Checkpoint(folder: folder, names: ["model"])
+    let prefixed = checkpoint.keys.contains { $0.hasPrefix("text_model.") }
+    let p = prefixed ? checkpoint.root / "text_model" : checkpoint.root
+    let (c, r) = (config, modules)
+    let eps = c.layer_norm_eps ?? 1e-5
+    tokens = try Embedding(c.vocab_size, c.hidden_size, p / "embeddings" / "token_embedding", r)
+    positions = try Embedding(c.max_position_embeddings, c.hidden_size, p / "embeddings" / "position_embedding", r)
+    layers = try (0..<c.num_hidden_layers).map {
+      try Layer(c, eps: eps, quick: activation == "quick_gelu", p / "encoder" / "layers" / $0, r)
+    }
+    finalNorm = try LayerNorm(c.hidden_size, eps: eps, p / "final_layer_norm", r)
+    // Older exporters wrote the constant 0, 1, 2, … as a tensor.
+    try checkpoint.finish { $0.hasSuffix("embeddings.position_ids") }
+  }
+
+  /// What one pass gives.
+  public struct Output {
+    /// Normalised last hidden state [B, N, hidden].
+    public let last: Tensor
+    /// The same at the end-of-text token [B, hidden]: FLUX's pooled embedding.
+    public let pooled: Tensor
+    /// Hidden state before the last layer [B, N, hidden].
+    public let penultimate: Tensor
+  }
+
+  /// ids [B, N] int64 → hidden states.
+  public func callAsFunction(_ ids: Tensor) throws -> Output {
+    let n = ids.size(1)
+    guard n <= maxLength else { throw ModelError("\(n) tokens exceed CLIP's \(maxLength) positions") }
+    let hidden = try tokens(ids)
+    var x = try hidden + positions.rows(n)
+    let rows = try Tensor.arange(to: Double(n)).unsqueeze(1)
+    let columns = try Tensor.arange(to: Double(n)).unsqueeze(0)
+    let masked = try Tensor.full([n, n], -Double.infinity)
+    let mask = try columns.greater(rows).select(masked, else: try Tensor.zeros([n, n])).to(x.dtype).to(x.device)
+    var penultimate = x
+    for layer in layers {
+      penultimate = x
+      x = try layer(x, mask)
+    }
+    let last = try finalNorm(x)
+    // The published configs say eos 2 and mean "the largest id"; the others name the token.
+    let scores = config.eos_token_id ?? 2 == 2 ? ids : try ids.equal(Double(config.eos_token_id!)).to(.int64)
+    let end = try scores.argmax(-1).reshape(-1, 1, 1).expand(-1, 1, config.hidden_size)
+    return Output(last: last, pooled: try last.gather(1, end).squeeze(1), penultimate: penultimate)
+  }
+
+  private struct Layer {
+    let norm1, norm2: LayerNorm
+    let qkv: LinearGroup
+    let out, fc1, fc2: Linear
+    let heads: Int
+    let quick: Bool
+    init(_ c: Config, eps: Double, quick: Bool, _ p: ParameterPath, _ r: ModuleRegistry) throws {
+      let d = c.hidden_size
+      norm1 = try LayerNorm(d, eps: eps, p / "layer_norm1", r)
+      norm2 = try LayerNorm(d, eps: eps, p / "layer_norm2", r)
+      qkv = r.group(try ["q_proj", "k_proj", "v_proj"].map { try Linear(d, d, p / "self_attn" / $0, r) })
+      out = try Linear(d, d, p / "self_attn" / "out_proj", r)
+      fc1 = try Linear(d, c.intermediate_size, p / "mlp" / "fc1", r)
+      fc2 = try Linear(c.intermediate_size, d, p / "mlp" / "fc2", r)
+      heads = c.num_attention_heads
+      self.quick = quick
+    }
+    func callAsFunction(_ x: Tensor, _ mask: Tensor) throws(TorchError) -> Tensor {
+      let s = x.shape
+      let qkv = try qkv(try norm1(x)).reshape(s[0], s[1], 3, heads, s[2] / heads).permute(2, 0, 3, 1, 4)
+      let mixed = try Tensor.attention(try qkv[0], try qkv[1], try qkv[2], mask: mask)
+      let x = try x + out(try mixed.transpose(1, 2).reshape(s))
+      let hidden = try fc1(try norm2(x))
+      return try x + fc2(quick ? try hidden.quickGELU() : try hidden.gelu())
+    }
+  }
+}

@@ -1,0 +1,217 @@
+extension Configuration {
+  /// Refuses values that make no sense, alone or together, and those this version does not implement.
+  ///
+  /// Not checked here: whether the model and the prompts exist, which sizes the model takes, and whether a
+  /// reward is known; their owners do.
+  /// - Throws: ``ConfigurationError/invalid(path:reason:)`` or
+  ///   ``ConfigurationError/unsupported(path:value:supported:)``.
+  public func validate() throws(ConfigurationError) {
+    try validateSources()
+    try validateSampling()
+    try validateGroupAndOptim()
+    try validateLoss()
+    try validateChunks()
+    try validateTrainable()
+    try validateRun()
+    try refuseUnsupported()
+  }
+
+  private func validateSources() throws(ConfigurationError) {
+    for (path, text) in [
+      ("model", model), ("output", output), ("prompts.file", prompts.file), ("prompts.split", prompts.split),
+    ] {
+      try require(!text.isEmpty, path, "expected a name, got an empty one")
+    }
+    try require(!rewards.isEmpty, "rewards", "empty; name at least one, such as [{name: scenes}]")
+    for (index, reward) in rewards.enumerated() {
+      try require(!reward.name.isEmpty, "rewards[\(index)].name", "missing or empty")
+      try require(
+        reward.weight.isFinite, "rewards[\(index)].weight", "expected a finite number, got \(reward.weight)")
+      let twin = rewards[..<index].firstIndex { $0.name == reward.name && $0.score == reward.score }
+      try require(
+        twin == nil, "rewards[\(index)]",
+        "same name and score as rewards[\(twin ?? 0)]; add up their weights in one")
+    }
+    try require(rewards.contains { $0.weight != 0 }, "rewards", "every weight is 0, nothing would be learned")
+  }
+
+  private func validateSampling() throws(ConfigurationError) {
+    try atLeast(2, sampling.steps, "sampling.steps", "the last step is never trained on")
+    try positive(sampling.shift, "sampling.shift")
+    if let guidance = sampling.guidance { try notNegative(guidance, "sampling.guidance") }
+    try atLeast(1, sampling.height, "sampling.height")
+    try atLeast(1, sampling.width, "sampling.width")
+    try require(
+      sampling.step != .ode, "sampling.step",
+      "an ode step has no log-probability, so it cannot be trained on; use flow-sde, dance-sde or cps")
+    try notNegative(sampling.eta, "sampling.eta")
+    try require(
+      sampling.eta > 0, "sampling.eta",
+      "0 makes every step deterministic: it has no log-probability, so it cannot be trained on; "
+        + "use a value above 0")
+    try require(
+      sampling.step != .cps || sampling.eta <= 1, "sampling.eta",
+      "expected at most 1 for sampling.step cps, got \(sampling.eta.yamlText)")
+    if case .steps(let first, let last) = sampling.window {
+      try require(
+        0 <= first && first <= last && last < sampling.steps, "sampling.window",
+        "expected first-last within 0-\(sampling.steps - 1) for sampling.steps \(sampling.steps), "
+          + "got \(sampling.window.rawValue)")
+      try require(
+        !sampling.trainableSteps.isEmpty, "sampling.window",
+        "\(sampling.window.rawValue) holds only the last step, which is never trained on")
+    }
+  }
+
+  private func validateGroupAndOptim() throws(ConfigurationError) {
+    try atLeast(2, group.size, "group.size", "an advantage compares the samples of one prompt")
+    try atLeast(1, group.promptsPerIteration, "group.promptsPerIteration")
+    let samples = group.size.multipliedReportingOverflow(by: group.promptsPerIteration)
+    try require(!samples.overflow, "group.size", "times group.promptsPerIteration is too large")
+    try positive(optim.lr, "optim.lr")
+    try notNegative(optim.weightDecay, "optim.weightDecay")
+    try require(
+      optim.betas.count == 2 && optim.betas.allSatisfy { 0 <= $0 && $0 < 1 }, "optim.betas",
+      "expected two numbers in [0, 1), got \(Configuration.text(optim.betas))")
+    try positive(optim.eps, "optim.eps")
+    try positive(optim.maxGradNorm, "optim.maxGradNorm")
+    try atLeast(1, optim.updatesPerIteration, "optim.updatesPerIteration")
+    try require(
+      optim.updatesPerIteration <= samples.partialValue, "optim.updatesPerIteration",
+      "\(optim.updatesPerIteration) updates need as many samples, group.size \(group.size) times "
+        + "group.promptsPerIteration \(group.promptsPerIteration) makes \(samples.partialValue)")
+    try atLeast(1, optim.microBatch, "optim.microBatch")
+  }
+
+  private func validateLoss() throws(ConfigurationError) {
+    try require(
+      loss.clip.count == 2 && loss.clip.allSatisfy { $0 > 0 && $0.isFinite }, "loss.clip",
+      "expected two numbers above 0, [lower, upper], got \(Configuration.text(loss.clip))")
+    try positive(loss.advantageClip, "loss.advantageClip")
+    try notNegative(loss.kl, "loss.kl")
+    try require(
+      loss.kl == 0 || sampling.step != .cps || loss.klForm != .flowGRPO, "loss.klForm",
+      "flowGRPO divides by g, which sampling.step cps does not have; use exact or k3")
+  }
+
+  private func validateTrainable() throws(ConfigurationError) {
+    if trainable.kind == .lora {
+      try atLeast(1, trainable.rank, "trainable.rank")
+      try positive(trainable.alpha, "trainable.alpha")
+      try require(
+        !trainable.targets.isEmpty && !trainable.targets.contains(""), "trainable.targets",
+        "expected names of linear layers such as [to_q, to_v], got \(trainable.targets)")
+    }
+    try require(
+      0 <= ema.decay && ema.decay < 1, "ema.decay", "expected a number in [0, 1), got \(ema.decay.yamlText)")
+    if case .every(let n) = network.checkpointing {
+      try atLeast(1, n, "network.checkpointing", "every:n counts blocks")
+    }
+  }
+
+  private func validateRun() throws(ConfigurationError) {
+    try atLeast(1, run.iterations, "run.iterations")
+    try atLeast(1, run.checkpointEvery, "run.checkpointEvery")
+    try atLeast(1, run.keep, "run.keep", "a run resumes from its newest checkpoint")
+    try atLeast(0, run.samplesEvery, "run.samplesEvery", "0 writes none")
+    try atLeast(0, run.evaluateEvery, "run.evaluateEvery", "0 makes none")
+  }
+
+  private func validateChunks() throws(ConfigurationError) {
+    try require(
+      chunk.fraction > 0 && chunk.fraction <= 1, "chunk.fraction",
+      "expected a number in (0, 1], got \(chunk.fraction.yamlText)")
+    try atLeast(1, chunk.stopSize, "chunk.stopSize")
+    try atLeast(1, chunk.minChunk, "chunk.minChunk")
+    let largest = chunk.stopSize / 2 + chunk.stopSize % 2
+    try require(
+      chunk.minChunk <= largest, "chunk.minChunk",
+      "expected at most \(largest), half of chunk.stopSize \(chunk.stopSize) rounded up, "
+        + "got \(chunk.minChunk)")
+    try require(
+      chunk.timeWeight != .tempflow || sampling.step != .cps, "chunk.timeWeight",
+      "tempflow needs g, which sampling.step cps does not have; use equalised or another kind of step")
+    let chunks = try chunkCount()
+    if let drawn = try drawnChunks(), let chunks, let outside = drawn.first(where: { $0 >= chunks }) {
+      throw .invalid(
+        path: "chunk.draw",
+        reason: "chunk \(outside) is not in 0...\(chunks - 1), those of chunk.plan \(chunk.plan)")
+    }
+  }
+
+  /// Number of chunks of the plan, nil where it depends on the trajectory.
+  private func chunkCount() throws(ConfigurationError) -> Int? {
+    let trained = sampling.trainableSteps.count
+    let (kind, argument) = Configuration.split(chunk.plan)
+    switch (kind, argument) {
+    case ("adaptive", nil), ("adaptive-shared", nil), ("auto", nil): return nil
+    case ("step", nil): return trained
+    case ("sequence", nil): return 1
+    case ("fixed", let argument?):
+      guard let n = Configuration.count(argument), n > 0 else { break }
+      return trained / n + (trained % n == 0 ? 0 : 1)
+    case ("list", let argument?):
+      guard let sizes = Configuration.counts(argument), !sizes.contains(0) else { break }
+      let covered = sizes.reduce(0, +)
+      let windowed = sampling.window != .all
+      try require(
+        covered == trained, "chunk.plan",
+        "chunks \(sizes) cover \(covered) steps, sampling.steps \(sampling.steps)"
+          + (windowed ? " with sampling.window \(sampling.window.rawValue)" : "")
+          + " has \(trained) trainable: change chunk.plan or sampling.\(windowed ? "window" : "steps")")
+      return sizes.count
+    default: break
+    }
+    throw .invalid(
+      path: "chunk.plan",
+      reason:
+        "expected step, sequence, fixed:n, list:a,b,… (sizes of 1 or more), adaptive, adaptive-shared "
+        + "or auto, got \"\(chunk.plan)\"")
+  }
+
+  /// Chunks of an `only:` draw, nil where chance decides.
+  private func drawnChunks() throws(ConfigurationError) -> [Int]? {
+    let (kind, argument) = Configuration.split(chunk.draw)
+    if chunk.draw == "uniform" || chunk.draw.hasPrefix("weighted") { return nil }
+    if kind == "only", let argument, let chunks = Configuration.counts(argument) {
+      try require(Set(chunks).count == chunks.count, "chunk.draw", "\(chunk.draw) names a chunk twice")
+      return chunks
+    }
+    throw .invalid(
+      path: "chunk.draw",
+      reason: "expected uniform, weighted or only:a,b,… (chunks from 0), got \"\(chunk.draw)\"")
+  }
+
+  /// `kind:argument`, or `kind` alone.
+  private static func split(_ text: String) -> (kind: Substring, argument: Substring?) {
+    let parts = text.split(separator: ":", maxSplits: 1, omittingEmptySubsequences: false)
+    return (parts[0], parts.count == 2 ? parts[1] : nil)
+  }
+
+  private static func counts(_ text: Substring) -> [Int]? {
+    let numbers = text.split(separator: ",", omittingEmptySubsequences: false).map(count)
+    return numbers.contains(nil) ? nil : numbers.compactMap { $0 }
+  }
+
+  private static func text(_ numbers: [Double]) -> String {
+    "[" + numbers.map(\.yamlText).joined(separator: ", ") + "]"
+  }
+
+  private func require(
+    _ condition: Bool, _ path: String, _ reason: @autoclosure () -> String
+  ) throws(ConfigurationError) {
+    if !condition { throw .invalid(path: path, reason: reason()) }
+  }
+  private func atLeast(
+    _ bound: Int, _ value: Int, _ path: String, _ why: String? = nil
+  ) throws(ConfigurationError) {
+    try require(
+      value >= bound, path, "expected at least \(bound), got \(value)" + (why.map { ": \($0)" } ?? ""))
+  }
+  private func positive(_ value: Double, _ path: String) throws(ConfigurationError) {
+    try require(value > 0 && value.isFinite, path, "expected a number above 0, got \(value.yamlText)")
+  }
+  private func notNegative(_ value: Double, _ path: String) throws(ConfigurationError) {
+    try require(value >= 0 && value.isFinite, path, "expected a number of 0 or more, got \(value.yamlText)")
+  }
+}

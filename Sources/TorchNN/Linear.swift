@@ -1,0 +1,160 @@
+import Torch
+
+/// Low-rank update of a linear layer, `y += scale · (x·Aᵀ)·Bᵀ`.
+///
+/// Source: LoRA, arXiv 2106.09685, eq. 3; `scale = alpha / rank` as in PEFT.
+public final class LoRA {
+  /// A [rank, in], float32 gradient leaf.
+  public let down: Tensor
+  /// B [out, rank], float32 gradient leaf; zero at the start, so that the layer begins as its base.
+  public let up: Tensor
+  /// alpha / rank.
+  public let scale: Double
+  /// Columns of A's product.
+  public var rank: Int { down.size(0) }
+
+  /// Wraps existing factors.
+  public init(down: Tensor, up: Tensor, scale: Double) {
+    self.down = down
+    self.up = up
+    self.scale = scale
+  }
+}
+
+/// `x·Wᵀ + b`, with an optional low-rank adapter.
+public final class Linear {
+  /// W [out, in].
+  public let weight: Parameter
+  /// b [out].
+  public let bias: Parameter?
+  /// The adapter, if one is attached.
+  public var adapter: LoRA?
+  /// The checkpoint key without `.weight`: what adapters are named by.
+  public let path: String
+  /// Sizes of the last dimension before and after.
+  public let inSize, outSize: Int
+  private lazy var group = LinearGroup([self])
+
+  /// Takes `weight` and, where `bias` says so, `bias` under `path`.
+  public init(_ inSize: Int, _ outSize: Int, bias: Bool = true, _ path: ParameterPath, _ registry: ModuleRegistry) throws {
+    self.inSize = inSize
+    self.outSize = outSize
+    self.path = path.prefix
+    weight = try path.parameter("weight", outSize, inSize)
+    self.bias = bias ? try path.parameter("bias", outSize) : nil
+    registry.add(self)
+  }
+
+  /// [..., in] → [..., out].
+  public func callAsFunction(_ x: Tensor) throws(TorchError) -> Tensor { try group(x) }
+}
+
+/// Linear layers with one input, evaluated as one matrix product.
+public final class LinearGroup {
+  private let members: [Linear]
+  private var stacked: (weight: Tensor, bias: Tensor?)?
+
+  /// Joins `members`, which must all have a bias or all have none.
+  public init(_ members: [Linear]) { self.members = members }
+
+  /// [..., in] → [..., Σ out], the members' outputs side by side.
+  public func callAsFunction(_ x: Tensor) throws(TorchError) -> Tensor {
+    let (weight, bias) = try weights()
+    let base = try x.linear(weight, bias)
+    let adapted = members.contains { $0.adapter != nil }
+    return adapted ? try addAdapters(to: base, x) : base
+  }
+
+  private func weights() throws(TorchError) -> (Tensor, Tensor?) {
+    if let stacked { return stacked }
+    if members.count == 1 { return (try members[0].weight.value(), try members[0].bias?.value()) }
+    var parts: [Tensor] = []
+    var biases: [Tensor] = []
+    var frozen = true
+    for member in members {
+      parts.append(try member.weight.value())
+      if let bias = try member.bias?.value() { biases.append(bias) }
+      frozen = frozen && !member.weight.tensor.requiresGrad
+    }
+    let weight = try Tensor.cat(parts)
+    let bias = biases.isEmpty ? nil : try Tensor.cat(biases)
+    guard frozen else { return (weight, bias) }
+    stacked = (weight, bias)
+    // The members become views of the stack: frozen weights are held once.
+    var start = 0
+    for member in members {
+      member.weight.replace(by: try weight.narrow(0, start, member.outSize))
+      if let bias { member.bias?.replace(by: try bias.narrow(0, start, member.outSize)) }
+      start += member.outSize
+    }
+    return (weight, bias)
+  }
+
+  /// Adds every adapter with two products: x·[A₁ A₂ …]ᵀ, then a block-diagonal B.
+  private func addAdapters(to base: Tensor, _ x: Tensor) throws(TorchError) -> Tensor {
+    var downs: [Tensor] = []
+    var ups: [Tensor] = []
+    let ranks = members.map { $0.adapter?.rank ?? 0 }
+    let total = ranks.reduce(0, +)
+    var before = 0
+    for (member, rank) in zip(members, ranks) {
+      if let adapter = member.adapter {
+        downs.append(adapter.down)
+        // The scale rides on B, which is small.
+        let up = adapter.scale == 1 ? adapter.up : try adapter.up * adapter.scale
+        ups.append(rank == total ? up : try up.pad([before, total - before - rank]))
+      } else {
+        ups.append(try Tensor.zeros([member.outSize, total], device: x.device))
+      }
+      before += rank
+    }
+    let down = try (downs.count == 1 ? downs[0] : try Tensor.cat(downs)).to(x.dtype)
+    let up = try (ups.count == 1 ? ups[0] : try Tensor.cat(ups)).to(x.dtype)
+    let rows = try x.reshape(-1, members[0].inSize)
+    let hidden = try rows.linear(down)
+    let outSize = members.reduce(0) { $0 + $1.outSize }
+    return try base.reshape(-1, outSize).addmm(hidden, try up.transpose(0, 1)).reshape(base.shape)
+  }
+
+  /// Forgets the stacked weights, after a member was made trainable or changed dtype.
+  public func unstack() { stacked = nil }
+}
+
+/// The layers and parameters of a model by checkpoint key, collected while it is built.
+public final class ModuleRegistry {
+  /// Linear layers by key, without `.weight`.
+  public private(set) var linears: [String: Linear] = [:]
+  /// All parameters in order of construction.
+  public private(set) var parameters: [Parameter] = []
+  private var groups: [LinearGroup] = []
+
+  /// An empty registry.
+  public init() {}
+
+  func add(_ linear: Linear) {
+    linears[linear.path] = linear
+    parameters += [linear.weight] + (linear.bias.map { [$0] } ?? [])
+  }
+  /// Records a parameter that is not part of a ``Linear``.
+  public func add(_ parameter: Parameter) -> Parameter {
+    parameters.append(parameter)
+    return parameter
+  }
+  /// Joins layers into a group that follows changes of its members.
+  public func group(_ members: [Linear]) -> LinearGroup {
+    let group = LinearGroup(members)
+    groups.append(group)
+    return group
+  }
+
+  /// Moves all parameters to `dtype` and `device`.
+  public func place(_ dtype: DType, _ device: Device) throws(TorchError) {
+    for parameter in parameters { try parameter.place(dtype, device) }
+    for group in groups { group.unstack() }
+  }
+  /// Makes every parameter a float32 gradient leaf.
+  public func makeTrainable() throws(TorchError) {
+    for parameter in parameters { try parameter.makeTrainable() }
+    for group in groups { group.unstack() }
+  }
+}

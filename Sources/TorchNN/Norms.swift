@@ -1,0 +1,84 @@
+import Torch
+
+/// Layer normalisation with learnt gain and bias.
+public struct LayerNorm {
+  let weight, bias: Parameter
+  let eps: Double
+  /// Takes `weight` and `bias` [size] under `path`.
+  public init(_ size: Int, eps: Double, _ path: ParameterPath, _ registry: ModuleRegistry) throws {
+    weight = registry.add(try path.parameter("weight", size))
+    bias = registry.add(try path.parameter("bias", size))
+    self.eps = eps
+  }
+  /// [..., size] → [..., size].
+  public func callAsFunction(_ x: Tensor) throws(TorchError) -> Tensor {
+    try x.layerNorm(try weight.value(), try bias.value(), eps: eps)
+  }
+}
+
+/// Root-mean-square normalisation with learnt gain, statistics in float32.
+public struct RMSNorm {
+  let weight: Parameter
+  let eps: Double
+  /// Takes `weight` [size] under `path`.
+  public init(_ size: Int, eps: Double, _ path: ParameterPath, _ registry: ModuleRegistry) throws {
+    weight = registry.add(try path.parameter("weight", size))
+    self.eps = eps
+  }
+  /// [..., size] → [..., size].
+  public func callAsFunction(_ x: Tensor) throws(TorchError) -> Tensor { try x.rmsNorm(try weight.value(), eps: eps) }
+}
+
+/// Group normalisation of [B, C, ...] with learnt gain and bias.
+public struct GroupNorm {
+  let weight, bias: Parameter
+  let groups: Int
+  let eps: Double
+  /// Takes `weight` and `bias` [channels] under `path`.
+  public init(_ groups: Int, _ channels: Int, eps: Double, _ path: ParameterPath, _ registry: ModuleRegistry) throws {
+    weight = registry.add(try path.parameter("weight", channels))
+    bias = registry.add(try path.parameter("bias", channels))
+    self.groups = groups
+    self.eps = eps
+  }
+  /// [B, C, ...] → [B, C, ...].
+  public func callAsFunction(_ x: Tensor) throws(TorchError) -> Tensor {
+    try x.groupNorm(groups, try weight.value(), try bias.value(), eps: eps)
+  }
+}
+
+/// 2-D convolution.
+public struct Conv2d {
+  let weight, bias: Parameter
+  let stride, padding: Int
+  /// Takes `weight` [out, in, kernel, kernel] and `bias` [out] under `path`.
+  public init(
+    _ inChannels: Int, _ outChannels: Int, kernel: Int, stride: Int = 1, padding: Int = 0, _ path: ParameterPath,
+    _ registry: ModuleRegistry
+  ) throws {
+    weight = registry.add(try path.parameter("weight", outChannels, inChannels, kernel, kernel))
+    bias = registry.add(try path.parameter("bias", outChannels))
+    self.stride = stride
+    self.padding = padding
+  }
+  /// [B, in, H, W] → [B, out, H', W'].
+  public func callAsFunction(_ x: Tensor) throws(TorchError) -> Tensor {
+    try x.conv2d(try weight.value(), try bias.value(), stride: stride, padding: padding)
+  }
+}
+
+/// Rows of a table picked by integer ids.
+public struct Embedding {
+  let weight: Parameter
+  /// Takes `weight` [count, size] under `path`.
+  public init(_ count: Int, _ size: Int, _ path: ParameterPath, _ registry: ModuleRegistry) throws {
+    weight = registry.add(try path.parameter("weight", count, size))
+  }
+  /// ids [B, N] int64 → [B, N, size].
+  public func callAsFunction(_ ids: Tensor) throws(TorchError) -> Tensor {
+    let table = try weight.value()
+    return try table.indexSelect(0, try ids.reshape(-1)).reshape(ids.shape + [table.size(1)])
+  }
+  /// The first `count` rows.
+  public func rows(_ count: Int) throws(TorchError) -> Tensor { try weight.value()[0..<count] }
+}
