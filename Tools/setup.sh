@@ -65,7 +65,7 @@ check_system() {
     install_packages "${missing[@]}"
     mapfile -t missing < <(missing_packages)
     [ ${#missing[@]} = 0 ] || die "installed, but still not found: ${missing[*]}" \
-      "look for another c++ or pkg-config ($(command -v pkg-config)) that comes first on PATH"
+      "look for another c++ ($(command -v c++ || echo none)) or pkg-config ($(command -v pkg-config || echo none)) on PATH"
   fi
   version=$(swift --version 2>/dev/null | sed -n 's/.*Swift version \([0-9.]*\).*/\1/p' | head -n 1) || true
   [ "$(printf '%s\n' 6.1 "${version:-0}" | sort -V | head -n 1)" = 6.1 ] ||

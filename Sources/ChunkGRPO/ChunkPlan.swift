@@ -175,9 +175,9 @@ public struct ChunkPlan: Sendable, Equatable, Codable {
     guard var sign = signs.first(where: { $0 != 0 }) else { return [] }
 
     var runs = [0]
-    for step in signs {
-      if step == -sign {
-        sign = step
+    for next in signs {
+      if next == -sign {
+        sign = next
         runs.append(0)
       }
       runs[runs.count - 1] += 1

@@ -145,12 +145,9 @@ private func shifted<F: BinaryFloatingPoint>(_ u: F, by shift: Double) -> F {
   F(shift) * u / (1 + F(shift - 1) * u)
 }
 
-/// numpy's float64 linspace: start + i·step, the end assigned exactly.
+/// numpy's float64 linspace, start + i·step; all uses round to float32, so its exact end needs no care.
 private func linspace(_ start: Double, _ end: Double, _ count: Int) -> [Double] {
-  let stride = (end - start) / Double(max(count - 1, 1))
-  var values = (0..<count).map { Double($0) * stride + start }
-  if count > 1 { values[count - 1] = end }
-  return values
+  (0..<count).map { Double($0) * ((end - start) / Double(max(count - 1, 1))) + start }
 }
 
 /// A model folder's `scheduler/scheduler_config.json` (diffusers' FlowMatchEulerDiscreteScheduler).

@@ -233,10 +233,12 @@ final class Canvas {
     return text + "…"
   }
 
-  /// Control characters, of which a zero would end the C string, as spaces.
-  private static func printable(_ text: String) -> String {
-    String(
-      String.UnicodeScalarView(
-        text.unicodeScalars.map { $0.properties.generalCategory == .control ? " " : $0 }))
+  /// Control characters, of which a zero would end the C string, and what cairo and XML refuse, as spaces.
+  static func printable(_ text: String) -> String {
+    let scalars = text.unicodeScalars.map { scalar -> Unicode.Scalar in
+      let kind = scalar.properties
+      return kind.generalCategory == .control || kind.isNoncharacterCodePoint ? " " : scalar
+    }
+    return String(String.UnicodeScalarView(scalars))
   }
 }

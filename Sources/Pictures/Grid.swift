@@ -98,6 +98,11 @@ public struct Grid: Sendable, Equatable {
     return image
   }
 
+  /// Draws the grid and writes it; whole or not at all.
+  ///
+  /// - Throws: ``PictureError`` as ``render()`` does, or when the file cannot be written.
+  public func write(png file: URL) throws(PictureError) { try render().write(png: file) }
+
   /// Where everything goes, in pixels; cells are as large as the largest picture, smaller ones are centred.
   struct Layout {
     static let margin = 16, gap = 8

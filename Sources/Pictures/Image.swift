@@ -117,23 +117,19 @@ extension Data {
   /// Writes to a temporary file in the same folder, then renames it.
   func writeAtomically(to file: URL) throws(PictureError) {
     let temporary = file.deletingLastPathComponent()
-      .appendingPathComponent(".\(file.lastPathComponent).\(UUID().uuidString)")
-    do { try write(to: temporary) } catch {
-      unlink(temporary.path)
-      throw .file(path: file.path, reason: "cannot be written (\((error as NSError).reason))")
-    }
-    guard rename(temporary.path, file.path) == 0 else {
+      .appendingPathComponent(".\(UUID().uuidString).tmp").path
+    // stdio, because it keeps the system's reason in errno.
+    func attempt(_ succeeded: Bool) throws(PictureError) {
+      guard !succeeded else { return }
       let reason = String(cString: strerror(errno))
-      unlink(temporary.path)
+      unlink(temporary)
       throw .file(path: file.path, reason: reason)
     }
-  }
-}
-
-extension NSError {
-  /// The system's message under Foundation's, which on Linux is often only a code.
-  fileprivate var reason: String {
-    if let under = userInfo[NSUnderlyingErrorKey] as? NSError { return under.reason }
-    return domain == NSPOSIXErrorDomain ? String(cString: strerror(Int32(code))) : localizedDescription
+    let stream = fopen(temporary, "wb")
+    try attempt(stream != nil)
+    let written = withUnsafeBytes { fwrite($0.baseAddress, 1, $0.count, stream!) }
+    let closed = fclose(stream!) == 0
+    try attempt(written == count && closed)
+    try attempt(rename(temporary, file.path) == 0)
   }
 }

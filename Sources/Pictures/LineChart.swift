@@ -68,16 +68,8 @@ public struct LineChart: Sendable, Equatable {
   public func write(svg file: URL) throws(PictureError) { try svg().writeAtomically(to: file) }
 
   private static func escaped(_ text: String) -> String {
-    text.unicodeScalars.map { scalar in
-      switch scalar {
-      case "&": "&amp;"
-      case "<": "&lt;"
-      case ">": "&gt;"
-      case "\u{FFFE}", "\u{FFFF}": " "  // not allowed in XML, like most control characters
-      case _ where scalar.properties.generalCategory == .control: " "
-      default: String(scalar)
-      }
-    }.joined()
+    Canvas.printable(text).replacingOccurrences(of: "&", with: "&amp;")
+      .replacingOccurrences(of: "<", with: "&lt;").replacingOccurrences(of: ">", with: "&gt;")
   }
 
   private func canvas(scale: Int) throws(PictureError) -> Canvas {

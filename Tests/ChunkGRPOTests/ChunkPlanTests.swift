@@ -70,6 +70,34 @@ import Testing
     for (curve, sizes) in vectors { #expect(try ChunkPlan.adaptive(curve: curve).sizes == sizes) }
   }
 
+  /// Vectors of a second implementation, written from the definition with binomials: steps with equal values (zero
+  /// differences inside and in front), rounding noise on a flat curve, and other bounds.
+  @Test("adaptive plans of stepped, flat and rough curves")
+  func adaptiveMoreVectors() throws {
+    func digits(_ text: String) -> [Double] { text.map { Double($0.wholeNumberValue!) } }
+    let vectors: [(curve: [Double], stopSize: Int, minChunk: Int, sizes: [Int])] = [
+      (digits("0101200022212122"), 7, 2, [2, 2, 3, 6, 3]),
+      (digits("0022001112200112"), 4, 2, [3, 2, 2, 3, 2, 4]),
+      (digits("201011200202010102110111"), 7, 3, [3, 7, 4, 3, 3, 4]),
+      (digits("02222211212200110110"), 6, 1, [5, 2, 1, 1, 2, 2, 2, 1, 2, 2]),
+      (digits("7285846561462278").map { 0.5 + 1e-8 * $0 }, 7, 2, [4, 4, 4, 4]),
+      (
+        zip(digits("055426596194625031581766887265"), digits("143138441493898837218652580331")).map {
+          (10 * $0 + $1) / 100
+        }, 5, 3, [3, 5, 4, 3, 4, 4, 4, 3]
+      ),
+      (
+        zip(digits("426419676134707926795758"), digits("459067064500125571356204")).map {
+          (10 * $0 + $1) / 100
+        }, 9, 4, [6, 6, 6, 6]
+      ),
+    ]
+    for v in vectors {
+      #expect(
+        try ChunkPlan.adaptive(curve: v.curve, stopSize: v.stopSize, minChunk: v.minChunk).sizes == v.sizes)
+    }
+  }
+
   @Test("adaptive plans of GCPO's recorded latents, each sample and all together")
   func adaptiveOfLatents() throws {
     let latents = try Fixture.chunkStep.floats("out.latents")  // [4, 18, 6, 64]
@@ -179,10 +207,12 @@ import Testing
     }
   }
 
-  /// 0.1·30 is 2.9999999999999996: the published max(1, ⌊K·f + 1e-9⌋) must still draw 3.
+  /// 50·0.58 is 28.999999999999996 in Double: max(1, ⌊K·f + 1e-9⌋) must still draw 29.
   @Test(
     "count of drawn chunks",
-    arguments: [(4, 0.5, 2), (5, 0.5, 2), (1, 0.5, 1), (16, 0.01, 1), (30, 0.1, 3), (7, 1, 7), (10, 0.3, 3)])
+    arguments: [
+      (4, 0.5, 2), (5, 0.5, 2), (1, 0.5, 1), (16, 0.01, 1), (50, 0.58, 29), (7, 1, 7), (10, 0.3, 3),
+    ])
   func counts(_ chunks: Int, _ fraction: Double, _ count: Int) throws {
     #expect(try ChunkDraw.count(chunks: chunks, fraction: fraction) == count)
   }

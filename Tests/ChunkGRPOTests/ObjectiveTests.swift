@@ -81,7 +81,8 @@ import Testing
 @Suite struct ObjectiveTests {
   let clip = ClipRange(low: 0.05, high: 0.08)
 
-  /// Changes of log p well inside, outside on both sides, and small; never within 1e-3 of a clip edge.
+  /// Changes of log p between −0.2 and 0.8 of `scale`. One within a finite difference of a clip edge would show as
+  /// a mismatch; at these fixed seeds there is none.
   private func chunks(_ name: String, scale: Double) -> [TrainedChunk] {
     var random = testStream(name)
     return [2, 3, 1, 4].enumerated().map { j, size in
@@ -166,7 +167,7 @@ import Testing
 
   @Test("chunks of one step are step-level GRPO, bit for bit", arguments: [-0.8, 1.7])
   func singleSteps(_ advantage: Double) throws {
-    let steps = chunks("single", scale: 0.3).flatMap { chunk in
+    let steps = (chunks("up", scale: 0.3) + chunks("down", scale: -0.3)).flatMap { chunk in
       zip(chunk.new, chunk.old).map { TrainedChunk(new: [$0], old: [$1]) }
     }
     let chunk = try SampleObjective(

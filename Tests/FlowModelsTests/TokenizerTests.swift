@@ -263,8 +263,11 @@ struct TokenizerTests {
   func truncatedModel() throws {
     try withCopy(of: "tokenizer_2") { folder in
       let file = folder.appending(path: "spiece.model"), whole = try Data(contentsOf: file)
-      // Every cut in the first pieces, then wider steps through the character map up to the last byte of it.
-      let cuts = [Int](0..<300) + stride(from: 300, to: whole.count - 1, by: 4_001)
+      // Every cut in the first pieces, between trainer and normalizer settings (a tag, three bytes of length,
+      // two before the name), wide steps through the character map, every cut at the end.
+      let name = try #require(whole.range(of: Data("nmt_nfkc".utf8))).lowerBound
+      let map = Array(stride(from: 300, to: whole.count, by: 4_001)), end = (whole.count - 8)..<whole.count
+      let cuts = Array(0..<300) + [name - 6] + map + Array(end)
       for cut in cuts {
         try whole.prefix(cut).write(to: file)
         #expect(throws: TokenizerError.self, "cut at \(cut)") { try T5Tokenizer(folder: folder) }
@@ -303,6 +306,57 @@ struct TokenizerTests {
         try bytes.write(to: file)
         let ids = try T5Tokenizer(folder: folder).encode("ﬁ①Ⅳ two red apples 👩🏽‍🚀 e\u{301}", length: 64).ids
         #expect(ids.count == 64 && ids.contains(1))
+      }
+    }
+  }
+
+  /// A model of the given pieces after <pad>, </s>, <unk> and ▁ (ids 0…3), without a character map.
+  private func model(_ pieces: [(text: String, score: Float, type: UInt8)]) -> Data {
+    let all = [("<pad>", 0, 3), ("</s>", 0, 3), ("<unk>", 0, 2), ("▁", -5, 1)] + pieces
+    var data = Data()
+    for (text, score, type) in all {
+      let bytes = Array(text.utf8), bits = score.bitPattern
+      let message =
+        [0x0A, UInt8(bytes.count)] + bytes + [0x15]
+        + stride(from: 0, to: 32, by: 8).map { UInt8(bits >> $0 & 0xFF) } + [0x18, type]
+      data += [0x0A, UInt8(message.count)] + message
+    }
+    return data + [0x12, 0, 0x1A, 0]  // empty trainer and normalizer settings: their defaults
+  }
+
+  // Oracle: sums worked out by hand. An unknown scalar costs 10 more than the worst piece, −9: −19. For "abcde",
+  // ▁a bc d e scores −19 and e's score, ▁a unk cde scores −21.
+  @Test(
+    "an unknown scalar is 10 below the worst piece",
+    arguments: [(-1, [4, 5, 6, 7]), (-3, [4, 2, 8, 1])] as [(Float, [Int64])])
+  func unknownScore(scoreOfE: Float, expected: [Int64]) throws {
+    try withCopy(of: "tokenizer_2") { folder in
+      let pieces: [(String, Float, UInt8)] = [
+        ("▁a", -1, 1), ("bc", -9, 1), ("d", -9, 1), ("e", scoreOfE, 1), ("cde", -1, 1), ("▁q", -1, 5),
+      ]
+      try model(pieces).write(to: folder.appending(path: "spiece.model"))
+      let tokenizer = try T5Tokenizer(folder: folder)
+      #expect(tokenizer.encode("abcde", length: 5).ids.starts(with: expected))
+      #expect(tokenizer.encode("axy", length: 3).ids == [4, 2, 1])  // two unknown scalars, one id
+      #expect(tokenizer.encode("q", length: 3).ids == [3, 2, 1])  // a piece marked unused does not match
+    }
+  }
+
+  @Test("pieces that are user-defined, without a score, empty or not UTF-8 are refused")
+  func badPieces() throws {
+    try withCopy(of: "tokenizer_2") { folder in
+      let file = folder.appending(path: "spiece.model")
+      let feature = "a piece of type 4 (user-defined or byte)"
+      try model([("x", 0, 4)]).write(to: file)
+      #expect(throws: TokenizerError.unsupported(path: file.path, feature: feature)) {
+        try T5Tokenizer(folder: folder)
+      }
+      let problem = "a piece is empty, not UTF-8, or without a finite score"
+      for bad in [model([("x", .nan, 1)]), model([("", 0, 1)]), model([]) + [0x0A, 3, 0x0A, 1, 0xFF]] {
+        try bad.write(to: file)
+        #expect(throws: TokenizerError.malformed(path: file.path, problem: problem)) {
+          try T5Tokenizer(folder: folder)
+        }
       }
     }
   }

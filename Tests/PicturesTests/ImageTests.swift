@@ -11,6 +11,11 @@ func withFolder(_ body: (URL) throws -> Void) throws {
   try body(folder)
 }
 
+func expect(_ folder: URL, holds names: [String], _ location: SourceLocation = #_sourceLocation) throws {
+  let found = try FileManager.default.contentsOfDirectory(atPath: folder.path).sorted()
+  #expect(found == names, sourceLocation: location)
+}
+
 /// Every pixel differs from its neighbours in all channels, so that a shift or a swap shows.
 func pattern(width: Int, height: Int, seed: Int = 0) -> Image {
   var image = Image(width: width, height: height)
@@ -37,11 +42,11 @@ struct ImageTests {
       #expect(try Image(png: file) == image)
       try Image(width: 3, height: 2).write(png: file)  // replaces the older one
       #expect(try Image(png: file) == Image(width: 3, height: 2))
-      #expect(try FileManager.default.contentsOfDirectory(atPath: folder.path) == ["picture.png"])
+      try expect(folder, holds: ["picture.png"])
     }
   }
 
-  // Oracle: PNGs encoded by Pillow 11 from the pixels given here.
+  // Oracle: PNGs encoded by Pillow 13.0.0 from the pixels given here.
   @Test(
     "PNGs of another encoder: RGB, RGBA over white, grey",
     arguments: [
@@ -96,7 +101,7 @@ struct ImageTests {
         try image.write(png: file)
       }
       #expect(throws: PictureError.self) { try Image(width: 32768, height: 1).write(png: file) }
-      #expect(try FileManager.default.contentsOfDirectory(atPath: folder.path).isEmpty)
+      try expect(folder, holds: [])
     }
   }
 
@@ -115,7 +120,7 @@ struct ImageTests {
       let occupied = folder.appending(path: "occupied.png")
       try FileManager.default.createDirectory(at: occupied, withIntermediateDirectories: true)
       #expect(throws: PictureError.self) { try Image(width: 1, height: 1).write(png: occupied) }
-      #expect(try FileManager.default.contentsOfDirectory(atPath: folder.path) == ["occupied.png"])
+      try expect(folder, holds: ["occupied.png"])
     }
   }
 

@@ -122,7 +122,7 @@ public final class FluxPipeline {
 
   /// The transformer as a ``FlowModel`` on one token grid.
   public func flowModel(grid: (rows: Int, columns: Int)) -> FluxFlowModel {
-    FluxFlowModel(transformer: transformer, grid: grid)
+    FluxFlowModel(transformer, grid: grid)
   }
 }
 
@@ -133,7 +133,8 @@ public final class FluxFlowModel: FlowModel {
   /// Layers and parameters by checkpoint key.
   public var modules: ModuleRegistry { transformer.modules }
 
-  init(transformer: FluxTransformer, grid: (rows: Int, columns: Int)) {
+  /// Wraps `transformer` on `grid`.
+  public init(_ transformer: FluxTransformer, grid: (rows: Int, columns: Int)) {
     self.transformer = transformer
     self.grid = grid
   }

@@ -1,0 +1,82 @@
+import Torch
+
+/// What a set of images looks like, to tell a better model from a collapsed one.
+public struct GuardValues: Codable, Sendable, Equatable {
+  /// Share of images whose every pixel is above 0.97.
+  public var blank: Double
+  /// Mean over groups of the mean root-mean-square pixel difference of two images of the group.
+  public var diversity: Double
+  /// Mean of 1 − the smallest channel: how much of the canvas is not white.
+  public var ink: Double
+  /// Mean Hasler–Süsstrunk colourfulness, as ``Vivid``.
+  public var vivid: Double
+
+  /// Creates values measured elsewhere.
+  public init(blank: Double, diversity: Double, ink: Double, vivid: Double) {
+    self.blank = blank
+    self.diversity = diversity
+    self.ink = ink
+    self.vivid = vivid
+  }
+
+  /// Measures groups of images of one prompt each.
+  ///
+  /// - Parameters:
+  ///   - images: [B, 3, H, W] in 0…1, group after group.
+  ///   - groupSize: images a group, at least 2, dividing B.
+  /// - Throws: ``RewardError`` for other shapes or groups and for pixels that are not finite.
+  public static func measure(_ images: Tensor, groupSize: Int) throws -> GuardValues {
+    try checkImages(images, for: "guards", prompts: nil)
+    let total = images.size(0)
+    guard groupSize >= 2, total > 0, total % groupSize == 0 else {
+      throw RewardError.badGroups(images: total, groupSize: groupSize)
+    }
+    let broken = try finiteImages(images).filter { !$0 }.count
+    guard broken == 0 else { throw RewardError.notFinite(images: broken, of: total) }
+    return try withoutGrad {
+      let x = try images.to(.float32)
+      let darkest = try x.amin([1])  // [B, H, W]
+      return GuardValues(
+        blank: try mean(darkest.amin([1, 2]).floats().map { $0 > 0.97 ? 1 : 0 }),
+        diversity: try diversity(x, groupSize: groupSize),
+        ink: try mean(darkest.mean([1, 2]).doubles().map { 1 - $0 }),
+        vivid: try mean(Vivid.values(x)))
+    }
+  }
+
+  /// Mean over groups of the mean pairwise RMS difference. Differences are taken directly, not from a Gram matrix,
+  /// whose cancellation would hide the small differences a collapse ends in.
+  private static func diversity(_ images: Tensor, groupSize: Int) throws -> Double {
+    var sum = 0.0
+    for start in stride(from: 0, to: images.size(0), by: groupSize) {
+      let group = try images[start..<start + groupSize]
+      for shift in 1..<groupSize {
+        let difference = try group[shift..<groupSize] - group[0..<groupSize - shift]
+        sum += try difference.square().mean([1, 2, 3]).doubles().reduce(0) { $0 + $1.squareRoot() }
+      }
+    }
+    // Every group has as many pairs, so the mean over all pairs is the mean of the groups' means.
+    return sum / (Double(images.size(0)) * Double(groupSize - 1) / 2)
+  }
+
+  /// What has collapsed since `base` was measured, each with its number and bound; empty if nothing has.
+  ///
+  /// Bounds: blank ≤ base + 0.02, diversity ≥ 0.8·base, ink within 0.6…1.6·base. A NaN is outside every bound.
+  public func collapsed(against base: GuardValues) -> [String] {
+    func range(_ name: String, _ value: Double, _ low: Double, _ high: Double) -> String? {
+      if value >= low && value <= high { return nil }
+      let bound = value > high ? "above \(short(high))" : "below \(short(low))"
+      return "\(name) \(short(value)) is \(value.isNaN ? "not a number" : bound)"
+    }
+    return [
+      range("blank", blank, -.infinity, base.blank + 0.02),
+      range("diversity", diversity, 0.8 * base.diversity, .infinity),
+      range("ink", ink, 0.6 * base.ink, 1.6 * base.ink),
+    ].compactMap { $0 }
+  }
+}
+
+private func mean(_ values: [Double]) -> Double { values.reduce(0, +) / Double(values.count) }
+
+/// Four decimals without a C format string.
+private func short(_ value: Double) -> String { value.isFinite ? "\((value * 1e4).rounded() / 1e4)" : "\(value)" }

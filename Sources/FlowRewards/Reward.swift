@@ -1,0 +1,198 @@
+import Foundation
+import Torch
+
+/// A function of images and their prompts: what training raises.
+public protocol Reward: Sendable {
+  /// The name in configuration, metrics and error messages.
+  var name: String { get }
+  /// Scores `images`, one score a prompt, in order.
+  ///
+  /// - Parameters:
+  ///   - images: [B, 3, H, W], float32 in 0…1, on any device.
+  ///   - prompts: B prompts.
+  /// - Returns: B scores; an image that cannot be scored has a nil value, never a number.
+  /// - Throws: ``RewardError`` or `TorchError` when the call as a whole is wrong.
+  func scores(_ images: Tensor, prompts: [RewardPrompt]) throws -> [RewardScore]
+}
+
+/// What one image earned.
+public struct RewardScore: Sendable, Equatable {
+  /// The score, or nil where there is none: the sample is then masked out of its group.
+  public var value: Double?
+  /// Named components for the metrics.
+  public var parts: [String: Double]
+
+  /// Creates a score.
+  public init(value: Double?, parts: [String: Double] = [:]) {
+    self.value = value
+    self.parts = parts
+  }
+}
+
+/// What a prompt's image must show, in GenEval's metadata form.
+public struct Scene: Sendable, Equatable, Codable {
+  /// One kind of object and how many of it.
+  public struct Entry: Sendable, Equatable, Codable {
+    /// The class, e.g. `circle`.
+    public var name: String
+    /// The colour, or nil for any.
+    public var color: String?
+    /// How many, at least 1.
+    public var count: Int
+
+    /// Creates an entry.
+    public init(name: String, color: String? = nil, count: Int = 1) {
+      self.name = name
+      self.color = color
+      self.count = count
+    }
+    private enum CodingKeys: String, CodingKey {
+      case name = "class"
+      case color, count
+    }
+  }
+  /// The objects, in the order the prompt names them.
+  public var include: [Entry]
+  /// Where the first entry is, seen from the second: `left of`, `right of`, `above` or `below`.
+  public var relation: String?
+
+  /// Creates a scene.
+  public init(include: [Entry], relation: String? = nil) {
+    self.include = include
+    self.relation = relation
+  }
+}
+
+/// A prompt with what rewards need to know of it.
+public struct RewardPrompt: Sendable, Equatable {
+  /// The prompt itself.
+  public var text: String
+  /// What the image must show, if the prompt file says so.
+  public var scene: Scene?
+  /// The category scores are averaged by, e.g. `color_attr`; empty if there is none.
+  public var tag: String
+
+  /// Creates a prompt.
+  public init(text: String, scene: Scene? = nil, tag: String = "") {
+    self.text = text
+    self.scene = scene
+    self.tag = tag
+  }
+
+  /// Decodes one line of a `prompts.jsonl`: `prompt`, and optionally `tag`, `include` and `relation`.
+  ///
+  /// - Throws: ``RewardError/badPromptLine(line:reason:)``.
+  public init(jsonLine: Data) throws(RewardError) {
+    struct Line: Decodable {
+      var prompt: String
+      var tag: String?
+      var include: [Scene.Entry]?
+      var relation: String?
+    }
+    func bad(_ reason: String) -> RewardError {
+      .badPromptLine(line: String(decoding: jsonLine, as: UTF8.self), reason: reason)
+    }
+    let line: Line
+    do { line = try JSONDecoder().decode(Line.self, from: jsonLine) } catch { throw bad(Self.explain(error)) }
+    guard line.relation == nil || line.include != nil else { throw bad("a relation needs an include list") }
+    self.init(
+      text: line.prompt, scene: line.include.map { Scene(include: $0, relation: line.relation) },
+      tag: line.tag ?? "")
+    if let reason = scene?.flaw { throw bad(reason) }
+  }
+
+  private static func explain(_ error: any Error) -> String {
+    switch error {
+    case DecodingError.keyNotFound(let key, _): "no \(key.stringValue)"
+    case DecodingError.typeMismatch(let type, let context), DecodingError.valueNotFound(let type, let context):
+      "\(context.codingPath.last?.stringValue ?? "the line") is not of type \(type)"
+    default: "not a JSON object"
+    }
+  }
+}
+
+extension Scene {
+  /// Why no image can show this scene, or nil.
+  var flaw: String? {
+    if include.isEmpty { return "include is empty" }
+    if let entry = include.first(where: { $0.count < 1 }) { return "\(entry.name) has count \(entry.count), not ≥ 1" }
+    guard let relation else { return nil }
+    guard Relation(rawValue: relation) != nil else {
+      return "relation \"\(relation)\" is not one of \(Relation.allCases.map(\.rawValue).joined(separator: ", "))"
+    }
+    return include.count == 2 ? nil : "a relation needs two included classes, found \(include.count)"
+  }
+}
+
+/// The relations GenEval knows.
+enum Relation: String, CaseIterable {
+  case leftOf = "left of"
+  case rightOf = "right of"
+  case above, below
+
+  /// Whether the offset (`dx`, `dy`) of the first centre from the second, y downwards, is > 8 px this way and
+  /// larger than across.
+  func holds(dx: Double, dy: Double) -> Bool {
+    let (along, across) =
+      switch self {
+      case .leftOf: (-dx, dy)
+      case .rightOf: (dx, dy)
+      case .above: (-dy, dx)
+      case .below: (dy, dx)
+      }
+    return along > 8 && along > Swift.abs(across)
+  }
+}
+
+/// Why a reward could not be made or asked.
+public enum RewardError: Error, CustomStringConvertible, Sendable, Equatable {
+  case unknownReward(name: String, known: [String])
+  case unknownScore(reward: String, score: String, known: [String])
+  case badPromptLine(line: String, reason: String)
+  case promptWithoutScene(prompt: String)
+  case badScene(prompt: String, reason: String)
+  case badImages(consumer: String, shape: [Int], expected: String)
+  case promptCount(images: Int, prompts: Int)
+  case notFinite(images: Int, of: Int)
+  case badGroups(images: Int, groupSize: Int)
+  case badSprites(path: String, reason: String)
+  case assetNotFound(file: String, searched: [String])
+
+  public var description: String {
+    switch self {
+    case .unknownReward(let name, let known):
+      "rewards: no reward \"\(name)\"; known: \(known.joined(separator: ", "))"
+    case .unknownScore(let reward, let score, let known):
+      known.isEmpty
+        ? "rewards: \(reward) has no scores to choose from; drop score: \(score)"
+        : "rewards: \(reward) has no score \"\(score)\"; known: \(known.joined(separator: ", "))"
+    case .badPromptLine(let line, let reason): "prompt line \(line): \(reason)"
+    case .promptWithoutScene(let prompt):
+      "scenes: prompt \"\(prompt)\" says not what to look for; give it an include list or choose another reward"
+    case .badScene(let prompt, let reason): "scenes: prompt \"\(prompt)\": \(reason)"
+    case .badImages(let consumer, let shape, let expected): "\(consumer): images are \(shape), expected \(expected)"
+    case .promptCount(let images, let prompts): "\(images) images but \(prompts) prompts: pass one prompt an image"
+    case .notFinite(let images, let total):
+      "guards: \(images) of \(total) images hold infinities or NaN; drop them or stop the run"
+    case .badGroups(let images, let size):
+      "guards: \(images) images are not groups of \(size); the size must be ≥ 2 and divide the number of images"
+    case .badSprites(let path, let reason): "\(path): \(reason)"
+    case .assetNotFound(let file, let searched):
+      "\(file) not found; looked in \(searched.joined(separator: ", ")); set CHUNKGRPO_DATA to its folder"
+    }
+  }
+}
+
+/// Whether each image [C, H, W] of [B, C, H, W] holds finite numbers only.
+func finiteImages(_ images: Tensor) throws -> [Bool] {
+  images.count == 0 ? [] : try images.isFinite().to(.uint8).amin([1, 2, 3]).array(of: UInt8.self).map { $0 == 1 }
+}
+
+/// Throws unless `images` is [B, 3, H, W] with B prompts (nil: any B).
+func checkImages(_ images: Tensor, for consumer: String, prompts: Int?) throws(RewardError) {
+  let shape = images.shape
+  guard shape.count == 4, shape[1] == 3, shape[2] > 0, shape[3] > 0 else {
+    throw .badImages(consumer: consumer, shape: shape, expected: "[B, 3, H, W]")
+  }
+  if let prompts, prompts != shape[0] { throw .promptCount(images: shape[0], prompts: prompts) }
+}

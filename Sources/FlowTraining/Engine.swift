@@ -1,0 +1,143 @@
+import ChunkGRPO
+import FlowModels
+import FlowRewards
+import Foundation
+import Torch
+import TorchNN
+
+/// A loaded model and what is needed to draw with it: shared by training, sampling and evaluation.
+public final class Engine {
+  /// The model.
+  public let pipeline: FluxPipeline
+  /// The network on the image's token grid.
+  public let network: TimedNetwork
+  /// Prompts as conditions.
+  public let encoder: PromptEncoder
+  /// Rows and columns of latent tokens.
+  public let grid: (rows: Int, columns: Int)
+  /// Rows of one forward pass.
+  public let batch: Int
+  private let guidance: Double?
+
+  /// Loads the model folder of `configuration`.
+  public init(_ configuration: Configuration) throws {
+    let device = TorchRuntime.cudaAvailable ? Device.cuda(0) : .cpu
+    let dtype: DType =
+      switch configuration.network.dtype {
+      case .float32: .float32
+      case .bfloat16: .bfloat16
+      case .auto: device != .cpu || TorchRuntime.nativeBFloat16 ? .bfloat16 : .float32
+      }
+    pipeline = try FluxPipeline(URL(filePath: configuration.model), dtype: dtype, device: device)
+    pipeline.transformer.roundsTimeToDType = configuration.network.timeRounding == .model
+    pipeline.transformer.attentionKernel = AttentionKernel(rawValue: configuration.network.attention.rawValue)!
+    grid = try pipeline.grid(height: configuration.sampling.height, width: configuration.sampling.width)
+    network = TimedNetwork(pipeline.flowModel(grid: grid))
+    encoder = PromptEncoder(pipeline)
+    batch = configuration.optim.microBatch
+    guidance = pipeline.transformer.config.guidance_embeds ? configuration.sampling.guidance : nil
+    if pipeline.transformer.config.guidance_embeds, guidance == nil {
+      throw RunError("sampling.guidance: this model embeds a guidance scale; set one, e.g. 3.5")
+    }
+  }
+
+  /// Where the network is.
+  public var device: Device { pipeline.transformer.device }
+  /// Shape of one sample's latents: [tokens, channels].
+  public var latentShape: [Int] { [grid.rows * grid.columns, pipeline.transformer.config.in_channels] }
+
+  /// The schedule of training trajectories.
+  func trainingSchedule(_ sampling: Configuration.Sampling) throws -> NoiseSchedule {
+    switch sampling.schedule {
+    case .training: try NoiseSchedule.training(steps: sampling.steps, shift: sampling.shift)
+    case .model: try pipeline.schedule(steps: sampling.steps, grid: grid)
+    }
+  }
+
+  /// A sampler over `table`.
+  func rollout(_ table: TransitionTable) -> Rollout { Rollout(table: table, guidance: guidance, batch: batch) }
+
+  /// An update rule over `table`.
+  func update(_ table: TransitionTable, microBatch: Int, ratio: RatioKind, clip: ClipRange) -> PolicyUpdate {
+    PolicyUpdate(
+      network: network, table: table, guidance: guidance, microBatch: microBatch, ratio: ratio, clip: clip)
+  }
+
+  /// Latents [S, tokens, channels] → images [S, 3, H, W] in 0 … 1, decoded in batches.
+  public func decode(_ latents: Tensor) throws -> Tensor {
+    var parts: [Tensor] = []
+    for range in Batches(latents.size(0), of: batch) { parts.append(try pipeline.decode(try latents[range], grid: grid)) }
+    return try Tensor.cat(parts)
+  }
+
+  /// Standard normal latents, one a stream: [S, tokens, channels].
+  func noise(_ streams: [RandomStream]) throws -> Tensor {
+    let each = latentShape.reduce(1, *)
+    var streams = streams
+    let values = [Float](unsafeUninitializedCapacity: each * streams.count) { buffer, count in
+      for i in streams.indices {
+        streams[i].fillNormal(UnsafeMutableBufferPointer(rebasing: buffer[(i * each)..<((i + 1) * each)]))
+      }
+      count = each * streams.count
+    }
+    return try Tensor(values, shape: [streams.count] + latentShape).to(device)
+  }
+
+  /// Images of `prompts`, `count` each, by the model's own schedule and the ODE: [prompts·count, 3, H, W].
+  ///
+  /// x_0 is a function of (seed, prompt, sample): two models given the same arguments see the same noise.
+  public func draw(_ prompts: [String], count: Int, steps: Int, seed: UInt64, check: @escaping () throws -> Void = {})
+    throws -> Tensor
+  {
+    let plan = RandomPlan(seed: seed)
+    let schedule = try pipeline.schedule(steps: steps, grid: grid)
+    let table = try TransitionTable(schedule: schedule, kind: .ode, eta: 0, stochastic: 0..<0)
+    var streams: [RandomStream] = []
+    var conditions: [Condition] = []
+    for prompt in prompts {
+      let condition = try encoder(prompt)
+      for sample in 0..<count {
+        streams.append(plan.stream(.evaluationNoise, prompt: prompt, sample: sample))
+        conditions.append(condition)
+      }
+    }
+    var sampler = rollout(table)
+    sampler.beforeStep = check
+    let result = try sampler.sample(network, initial: try noise(streams), conditions: conditions) { _, _, _ in }
+    return try decode(result.clean)
+  }
+}
+
+/// The rewards of a configuration.
+struct RewardSet {
+  let rewards: [(reward: any Reward, weight: Double)]
+  /// Keys of metrics and reports: the name, with the score where two rewards share a name.
+  let names: [String]
+
+  init(_ list: [Configuration.Reward]) throws {
+    rewards = try list.map { entry in
+      (try RewardFactory.make(name: entry.name, score: entry.score), entry.weight)
+    }
+    let plain = list.map(\.name)
+    names = list.map { entry in
+      plain.filter { $0 == entry.name }.count > 1 ? "\(entry.name):\(entry.score ?? "default")" : entry.name
+    }
+  }
+
+  /// One list a reward; nil where a score is not valid.
+  func score(_ images: Tensor, _ prompts: [Prompt]) throws -> [[Double?]] {
+    let described = prompts.map(RewardPrompt.init)
+    return try rewards.map { try $0.reward.scores(images, prompts: described).map(\.value) }
+  }
+}
+
+extension RewardPrompt {
+  init(_ prompt: Prompt) {
+    let scene = prompt.include.isEmpty
+      ? nil
+      : Scene(
+        include: prompt.include.map { Scene.Entry(name: $0.name, color: $0.color, count: $0.count) },
+        relation: prompt.relation)
+    self.init(text: prompt.text, tag: prompt.tag, scene: scene)
+  }
+}

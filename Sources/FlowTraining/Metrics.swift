@@ -1,0 +1,73 @@
+import FlowModels
+import Foundation
+import Torch
+import TorchNN
+
+/// One line of `metrics.jsonl`; `Documentation/Metrics.md` explains every key with its formula.
+public struct MetricsRow: Sendable {
+  /// Iterations done, this one included.
+  public var iteration = 0
+  /// Optimizer steps done.
+  public var update = 0
+  /// Named numbers; NaN is written as null.
+  public var values: [String: Double] = [:]
+  /// Named counts.
+  public var counts: [String: Int] = [:]
+  /// Sizes of the chunks of the static plan.
+  public var chunkSizes: [Int] = []
+  /// Chance of each chunk to be drawn.
+  public var drawProbabilities: [Double] = []
+  /// Wall-clock seconds of rollout, decode, reward and update.
+  public var seconds: [String: Double] = [:]
+
+  /// The row as JSON, keys sorted, numbers in shortest round-trip form.
+  public func json() throws -> String {
+    func number(_ x: Double) -> Any { x.isFinite ? x : NSNull() }
+    var object: [String: Any] = values.mapValues(number)
+    for (key, value) in counts { object[key] = value }
+    object["iteration"] = iteration
+    object["update"] = update
+    object["chunk_sizes"] = chunkSizes
+    object["draw_p"] = drawProbabilities.map(number)
+    object["seconds"] = seconds.mapValues(number)
+    let data = try JSONSerialization.data(withJSONObject: object, options: [.sortedKeys, .withoutEscapingSlashes])
+    return String(decoding: data, as: UTF8.self)
+  }
+}
+
+/// Wall-clock seconds by part.
+struct Stopwatch {
+  private(set) var seconds: [String: Double] = [:]
+  mutating func time<R>(_ part: String, _ body: () throws -> R) rethrows -> R {
+    let start = ContinuousClock.now
+    defer {
+      let spent = (ContinuousClock.now - start).components
+      seconds[part, default: 0] += Double(spent.seconds) + Double(spent.attoseconds) * 1e-18
+    }
+    return try body()
+  }
+}
+
+/// A network with the wall-clock seconds of its forward and backward passes, to tell what else an iteration costs.
+public final class TimedNetwork: FlowModel {
+  private let base: any FlowModel
+  private var clock = Stopwatch()
+
+  /// Times `base`.
+  public init(_ base: any FlowModel) { self.base = base }
+
+  public var modules: ModuleRegistry { base.modules }
+
+  public func velocity(_ latents: Tensor, times: Tensor, condition: Condition, guidance: Double?) throws -> Tensor {
+    try clock.time("") { try base.velocity(latents, times: times, condition: condition, guidance: guidance) }
+  }
+
+  /// Back-propagates through passes of this network.
+  func backward(_ output: Tensor, _ gradient: Tensor) throws { try clock.time("") { try output.backward(gradient) } }
+
+  /// Seconds since the last call.
+  func takeSeconds() -> Double {
+    defer { clock = Stopwatch() }
+    return clock.seconds[""] ?? 0
+  }
+}

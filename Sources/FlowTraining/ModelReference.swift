@@ -1,0 +1,190 @@
+import FlowModels
+import FlowRewards
+import Foundation
+import Pictures
+import Torch
+
+/// A model as users name one: a model folder, an adapter, a checkpoint or a run.
+public struct ModelReference: Sendable {
+  /// The configuration it was trained with, or the defaults around a model folder.
+  public private(set) var configuration: Configuration
+  /// What was given.
+  public let name: String
+  /// Sampling steps of the run it comes from.
+  public private(set) var steps: Int?
+  private var adapter: URL?
+  private var weights: URL?
+
+  /// Finds out what `path` is.
+  ///
+  /// - Parameter base: model folder for an adapter that does not say.
+  public init(_ path: String, base: String? = nil) throws {
+    name = path
+    let url = URL(filePath: path)
+    let files = FileManager.default
+    var isFolder: ObjCBool = false
+    guard files.fileExists(atPath: url.path, isDirectory: &isFolder) else {
+      throw RunError("\(path): no such model folder, adapter, checkpoint or run")
+    }
+    func exists(_ name: String) -> Bool { files.fileExists(atPath: url.appending(path: name).path) }
+    if isFolder.boolValue, exists("model_index.json") {
+      configuration = try Self.defaults(url)
+      return
+    }
+    // A run, a checkpoint, or an adapter inside one.
+    let parent = url.deletingLastPathComponent()
+    let config = [url, parent, parent.deletingLastPathComponent()].map { $0.appending(path: "config.yaml") }
+      .first { files.fileExists(atPath: $0.path) }
+    if let config {
+      configuration = try Configuration.load(file: config)
+      steps = configuration.sampling.steps
+      if let base { configuration.model = base }
+    } else if let base {
+      configuration = try Self.defaults(URL(filePath: base))
+    } else {
+      throw RunError("\(path): an adapter without a run around it: say which model it is for with --base MODEL")
+    }
+    if isFolder.boolValue, exists("metrics.jsonl") || exists("checkpoints") {
+      try add(adapter: url.appending(path: "adapter").path)
+    } else {
+      try add(adapter: path)
+    }
+  }
+
+  private static func defaults(_ folder: URL) throws -> Configuration {
+    var configuration = Configuration()
+    configuration.model = folder.path
+    struct Size: Decodable { let sample_size: Int? }
+    let size = min(try ModelFolder(folder).config(Size.self, "vae").sample_size ?? 1024, 1024)
+    (configuration.sampling.height, configuration.sampling.width) = (size, size)
+    return configuration
+  }
+
+  /// Adds a LoRA file, or a folder that holds trained weights.
+  public mutating func add(adapter path: String) throws {
+    let url = URL(filePath: path)
+    func file(_ name: String) -> URL? {
+      let candidate = url.appending(path: name)
+      return FileManager.default.fileExists(atPath: candidate.path) ? candidate : nil
+    }
+    if path.hasSuffix(".safetensors"), FileManager.default.fileExists(atPath: path) {
+      adapter = url
+    } else if let found = file("pytorch_lora_weights.safetensors") {
+      adapter = found
+    } else if let found = file("diffusion_pytorch_model.safetensors") {
+      weights = found
+    } else {
+      throw RunError("\(path): holds neither pytorch_lora_weights.safetensors nor diffusion_pytorch_model.safetensors")
+    }
+  }
+
+  /// Draws at another size or guidance.
+  public mutating func resize(height: Int?, width: Int?, guidance: Double?) throws {
+    if let height { configuration.sampling.height = height }
+    if let width { configuration.sampling.width = width }
+    if let guidance { configuration.sampling.guidance = guidance }
+  }
+
+  /// The run's prompt file, or the built-in one.
+  public func promptFile() throws -> String {
+    steps != nil ? configuration.prompts.file : try Assets.locate("prompts.jsonl").path
+  }
+
+  /// Whether both draw with the same base network, so that it need not be loaded twice.
+  func sharesBase(with other: ModelReference) -> Bool {
+    weights == nil && other.weights == nil
+      && URL(filePath: configuration.model).standardizedFileURL == URL(filePath: other.configuration.model).standardizedFileURL
+  }
+
+  /// The model, ready to draw.
+  public func load() throws -> Engine {
+    let engine = try Engine(configuration)
+    _ = try attach(to: engine)
+    return engine
+  }
+
+  /// Adds the trained weights to a loaded base.
+  func attach(to engine: Engine) throws -> LoRAAdapter? {
+    if let weights {
+      let file = try SafetensorsFile(weights)
+      for parameter in engine.network.modules.parameters {
+        try parameter.tensor.copy(from: try file.require(parameter.key))
+      }
+      return nil
+    }
+    return try adapter.map { try LoRAAdapter($0, for: engine.network.modules, device: engine.device) }
+  }
+}
+
+/// One model's evaluation, or two on equal prompts and noise.
+public struct Comparison {
+  let tuned: ModelReference
+  let base: ModelReference?
+  let rewards: [Configuration.Reward]
+  let prompts: [Prompt]
+  let split: String
+  let count, steps: Int
+  let seed: UInt64
+
+  /// Sets up a comparison of `tuned`, against `base` if there is one.
+  public init(
+    tuned: ModelReference, base: ModelReference?, rewards: [Configuration.Reward], prompts: [Prompt], split: String,
+    count: Int, steps: Int, seed: UInt64
+  ) {
+    (self.tuned, self.base, self.rewards, self.prompts, self.split) = (tuned, base, rewards, prompts, split)
+    (self.count, self.steps, self.seed) = (count, steps, seed)
+  }
+
+  /// Draws and scores; `picture` receives a grid of before and after.
+  public func run(picture: URL? = nil, progress: (String, Int) -> Void = { _, _ in }) throws -> EvaluationReport {
+    let set = try RewardSet(rewards)
+    let shown = picture == nil ? [] : Self.shown(prompts)
+    func evaluate(_ engine: Engine, _ name: String) throws -> Evaluation {
+      try Evaluation.run(engine, prompts, set, count: count, steps: steps, seed: seed, keep: Set(shown)) { progress(name, $0) }
+    }
+    let engine = try Engine(tuned.configuration)
+    var before: Evaluation?
+    if let base {
+      var reference = base
+      try reference.resize(
+        height: tuned.configuration.sampling.height, width: tuned.configuration.sampling.width,
+        guidance: tuned.configuration.sampling.guidance)
+      if base.sharesBase(with: tuned) {
+        let adapter = try reference.attach(to: engine)
+        before = try evaluate(engine, base.name)
+        adapter?.disable()
+      } else {
+        before = try evaluate(try reference.load(), base.name)
+      }
+    }
+    _ = try tuned.attach(to: engine)
+    let after = try evaluate(engine, tuned.name)
+    if let picture, let before { try Self.draw(before, after, shown, names: set.names, to: picture) }
+    return try EvaluationReport(
+      after, against: before, order: set.names, steps: steps, seed: seed, split: split, model: tuned.name,
+      againstName: base?.name)
+  }
+
+  /// Two prompts of each tag, spread over the list.
+  private static func shown(_ prompts: [Prompt]) -> [Int] {
+    var byTag: [String: [Int]] = [:]
+    for (i, prompt) in prompts.enumerated() { byTag[prompt.tag ?? "", default: []].append(i) }
+    let most = byTag.count > 1 ? 2 : 12
+    return byTag.sorted { $0.key < $1.key }.flatMap { _, list in
+      stride(from: 0, to: list.count, by: max(1, list.count / most)).prefix(most).map { list[$0] }
+    }
+  }
+
+  private static func draw(_ before: Evaluation, _ after: Evaluation, _ shown: [Int], names: [String], to file: URL) throws {
+    func cell(_ evaluation: Evaluation, _ i: Int) -> Grid.Cell {
+      let scores = names.map { "\($0) " + String(format: "%.2f", evaluation.perPrompt[$0]![i]) }
+      return Grid.Cell(evaluation.pictures[i], caption: scores.joined(separator: "  "))
+    }
+    let rows = shown.map { i in Grid.Row(before.prompts[i].text, cells: [cell(before, i), cell(after, i)]) }
+    let scale = max(1, 128 / (before.pictures.values.first?.width ?? 128))
+    try Grid(
+      title: "before and after, equal noise; scores are means of \(before.samplesPerPrompt) images", columns: ["base", "tuned"], rows: rows,
+      scale: scale
+    ).render().write(png: file)
+  }
+}

@@ -1,0 +1,55 @@
+import ChunkGRPO
+import FlowModels
+import Foundation
+import Torch
+import TorchNN
+
+/// The trained weights: an adapter, or the whole network.
+public final class Policy {
+  /// The adapter, unless all weights are trained.
+  public let adapter: LoRAAdapter?
+  /// Trainable tensors by name.
+  public let parameters: [String: Tensor]
+  private let modules: ModuleRegistry
+
+  /// Attaches what `trainable` asks for to `network`; initial values come from `seeds`.
+  public init(_ trainable: Configuration.Trainable, _ modules: ModuleRegistry, device: Device, seeds: RandomPlan) throws {
+    self.modules = modules
+    switch trainable.kind {
+    case .lora:
+      let adapter = try LoRAAdapter(
+        modules, rank: trainable.rank, alpha: trainable.alpha, targets: trainable.targets, device: device
+      ) { path, count in
+        var stream = seeds.stream(.parameterInit, prompt: path)
+        return (0..<count).map { _ in Float(2 * stream.uniform() - 1) }
+      }
+      self.adapter = adapter
+      parameters = adapter.parameters
+    case .full:
+      adapter = nil
+      try modules.makeTrainable()
+      parameters = Dictionary(uniqueKeysWithValues: modules.parameters.map { ($0.key, $0.tensor) })
+    }
+  }
+
+  /// Number of trainable values.
+  public var count: Int { parameters.values.reduce(0) { $0 + $1.count } }
+
+  /// Overwrites the trainable tensors with saved ones.
+  public func restore(_ saved: (String) throws -> Tensor) throws {
+    for (name, tensor) in parameters { try tensor.copy(from: try saved(name)) }
+  }
+
+  /// Writes what other programs load: `pytorch_lora_weights.safetensors`, or the transformer's own layout.
+  public func export(to folder: URL, config: URL) throws {
+    try FileManager.default.createDirectory(at: folder, withIntermediateDirectories: true)
+    if let adapter {
+      try adapter.write(to: folder.appending(path: "pytorch_lora_weights.safetensors"))
+    } else {
+      let weights = try parameters.mapValues { try $0.detach() }
+      try AtomicFile.write(try Data(contentsOf: config), to: folder.appending(path: "config.json"))
+      try Safetensors.write(
+        weights, metadata: ["format": "pt"], to: folder.appending(path: "diffusion_pytorch_model.safetensors"))
+    }
+  }
+}

@@ -1,0 +1,195 @@
+import ChunkGRPO
+import FlowModels
+import Torch
+import TorchNN
+
+/// One sample's part in an update.
+public struct UpdateSample: Sendable {
+  /// Row in the trajectories.
+  public let row: Int
+  /// A.
+  public let advantage: Double
+  /// The drawn chunks: steps and weight W_j.
+  public let chunks: [(steps: Range<Int>, weight: Double)]
+  /// Creates a sample's part.
+  public init(row: Int, advantage: Double, chunks: [(steps: Range<Int>, weight: Double)]) {
+    self.row = row
+    self.advantage = advantage
+    self.chunks = chunks
+  }
+  var stepCount: Int { chunks.reduce(0) { $0 + $1.steps.count } }
+}
+
+/// What an update measured.
+public struct UpdateReport: Sendable {
+  /// All ratios, sample by sample.
+  public var ratios: [Double] = []
+  /// How many of them the clip held.
+  public var clipped = 0
+  /// Σ of the samples' shares of the objective.
+  public var objective = 0.0
+  /// Largest |replayed − rollout log p| seen, and where.
+  public var replayGap = 0.0
+  /// Row and step of ``replayGap``.
+  public var replayGapAt: (row: Int, step: Int)?
+}
+
+/// Recomputes log-probabilities of stored transitions and back-propagates the clipped objective.
+///
+/// The objective touches θ only through Σ log p_θ(step), so its gradient is Σ c·∇log p with coefficients known once
+/// the ratios are. Samples whose trained steps fit one micro-batch are done in one pass; otherwise the ratios come
+/// first, without gradients, and the steps follow in micro-batches of any size: memory does not depend on chunks.
+public struct PolicyUpdate {
+  /// The network.
+  public let network: TimedNetwork
+  /// The steps.
+  public let table: TransitionTable
+  /// Guidance scale for networks that embed one.
+  public let guidance: Double?
+  /// Rows of one forward and backward pass.
+  public let microBatch: Int
+  /// Over what ratios are formed.
+  public let ratio: RatioKind
+  /// ε⁻ and ε⁺.
+  public let clip: ClipRange
+  /// Called before every pass; throws to stop.
+  public var beforeStep: () throws -> Void = {}
+
+  /// Creates an update rule.
+  public init(
+    network: TimedNetwork, table: TransitionTable, guidance: Double?, microBatch: Int, ratio: RatioKind, clip: ClipRange
+  ) {
+    self.network = network
+    self.table = table
+    self.guidance = guidance
+    self.microBatch = microBatch
+    self.ratio = ratio
+    self.clip = clip
+  }
+
+  private struct Entry { let row, step: Int }
+
+  /// Adds −∇(objective) of `samples` to the gradients of the trainable parameters.
+  ///
+  /// - Parameters:
+  ///   - samples: all samples of the update: those with advantage 0 count in S and cost nothing.
+  ///   - trajectories: where their states and old log-probabilities are.
+  ///   - conditions: one a row.
+  ///   - first: whether θ is still the policy that sampled, so that replayed log-probabilities must be equal.
+  public func accumulate(
+    _ samples: [UpdateSample], _ trajectories: Trajectories, conditions: [Condition], first: Bool
+  ) throws -> UpdateReport {
+    var report = UpdateReport()
+    let active = samples.filter { $0.advantage != 0 }
+    let onePass = active.allSatisfy { $0.stepCount <= microBatch }
+    for group in onePass ? packed(active) : active.map({ [$0] }) {
+      let entries = group.flatMap { sample in sample.chunks.flatMap { $0.steps.map { Entry(row: sample.row, step: $0) } } }
+      if onePass {
+        let residuals = try self.residuals(entries, trajectories, conditions)
+        let weights = try weights(group, entries, try residuals.doubles(), trajectories, samples.count, first, &report)
+        try network.backward(residuals, try gradient(weights, like: residuals))
+      } else {
+        var values: [Double] = []
+        for range in Batches(entries.count, of: microBatch) {
+          values += try withoutGrad { try residuals(Array(entries[range]), trajectories, conditions).doubles() }
+        }
+        let weights = try weights(group, entries, values, trajectories, samples.count, first, &report)
+        for range in Batches(entries.count, of: microBatch) {
+          let residuals = try self.residuals(Array(entries[range]), trajectories, conditions)
+          try network.backward(residuals, try gradient(Array(weights[range]), like: residuals))
+        }
+      }
+    }
+    return report
+  }
+
+  /// log p_θ of the stored transitions of `row` at `steps`, without gradients.
+  public func logProbabilities(
+    row: Int, steps: [Int], _ trajectories: Trajectories, conditions: [Condition]
+  ) throws -> [Double] {
+    let values = try withoutGrad {
+      try residuals(steps.map { Entry(row: row, step: $0) }, trajectories, conditions).doubles()
+    }
+    return zip(steps, values).map { table.logProbability(meanSquaredResidual: $1, step: $0) }
+  }
+
+  /// Whole samples packed into micro-batches, in order.
+  private func packed(_ samples: [UpdateSample]) -> [[UpdateSample]] {
+    var groups: [[UpdateSample]] = []
+    var room = 0
+    for sample in samples {
+      if sample.stepCount > room {
+        groups.append([])
+        room = microBatch
+      }
+      groups[groups.count - 1].append(sample)
+      room -= sample.stepCount
+    }
+    return groups
+  }
+
+  /// Mean squared residuals [entries] of stored transitions under the network as it is now.
+  private func residuals(
+    _ entries: [Entry], _ trajectories: Trajectories, _ conditions: [Condition]
+  ) throws -> Tensor {
+    try beforeStep()
+    // A single row rounds differently from several (Batches): it is given a twin, which is dropped again.
+    let rows = entries.count == 1 ? entries + entries : entries
+    let samples = trajectories.states.size(1)
+    let shape = trajectories.states.shape
+    let flat = try trajectories.states.reshape([shape[0] * shape[1]] + shape[2...])
+    func states(_ ahead: Int) throws -> Tensor {
+      let index = rows.map { Int64(($0.step + ahead) * samples + $0.row) }
+      return try flat.indexSelect(0, try Tensor(index).to(flat.device))
+    }
+    let x = try states(0)
+    let times = try Tensor(rows.map { table.times[$0.step] }).to(x.device)
+    let condition = try Condition.stack(rows.map { conditions[$0.row] })
+    let v = try network.velocity(x, times: times, condition: condition, guidance: guidance)
+    let mean = try table.mean(x, v, rows.map(\.step))
+    return try table.meanSquaredResidual(try states(1), mean).narrow(0, 0, entries.count)
+  }
+
+  /// Coefficients of −objective with respect to each entry's mean squared residual.
+  private func weights(
+    _ samples: [UpdateSample], _ entries: [Entry], _ residuals: [Double], _ trajectories: Trajectories, _ total: Int,
+    _ first: Bool, _ report: inout UpdateReport
+  ) throws -> [Double] {
+    var next = 0
+    var result: [Double] = []
+    for sample in samples {
+      let chunks = sample.chunks.map { chunk in
+        let new = chunk.steps.map { step in
+          defer { next += 1 }
+          return table.logProbability(meanSquaredResidual: residuals[next], step: step)
+        }
+        let old = chunk.steps.map { trajectories.logProbabilities[sample.row][$0] }
+        return TrainedChunk(new: new, old: old, weight: chunk.weight)
+      }
+      if first {
+        for (chunk, steps) in zip(chunks, sample.chunks.map(\.steps)) {
+          for (i, step) in steps.enumerated() {
+            let gap = abs(chunk.new[i] - chunk.old[i])
+            if gap > report.replayGap || gap.isNaN {
+              report.replayGap = gap
+              report.replayGapAt = (sample.row, step)
+            }
+          }
+        }
+      }
+      let share = try SampleObjective(
+        advantage: sample.advantage, chunks: chunks, ratio: ratio, clip: clip, samples: total)
+      report.ratios += share.ratios
+      report.clipped += share.clipped.filter { $0 }.count
+      report.objective += share.value
+      for (steps, coefficients) in zip(sample.chunks.map(\.steps), share.coefficients) {
+        result += zip(steps, coefficients).map { -$1 * table.logProbabilitySlope(step: $0) }
+      }
+    }
+    return result
+  }
+
+  private func gradient(_ weights: [Double], like residuals: Tensor) throws(TorchError) -> Tensor {
+    try Tensor(weights.map { Float($0) }).to(residuals.device)
+  }
+}

@@ -1,0 +1,127 @@
+import ChunkGRPO
+import FlowModels
+import Torch
+
+/// Sampled trajectories, stored once, in float32.
+public struct Trajectories {
+  /// x_0 … x_T: [T + 1, S, ...].
+  public let states: Tensor
+  /// x̂0 of the last forward pass: [S, ...].
+  public let clean: Tensor
+  /// log p of each sample's stochastic steps before the last, by step; NaN where a step has none.
+  public let logProbabilities: [[Double]]
+
+  /// Wraps trajectories that were sampled elsewhere.
+  public init(states: Tensor, clean: Tensor, logProbabilities: [[Double]]) {
+    self.states = states
+    self.clean = clean
+    self.logProbabilities = logProbabilities
+  }
+
+  /// d_i of every sample over steps 0 … N−1, the dynamics that adaptive plans read.
+  public func dynamics(_ distance: Distance) throws -> [[Double]] {
+    let (steps, samples) = (states.size(0) - 1, states.size(1))
+    return try (0..<samples).map { s in
+      let x = try (0...steps).map { try states[$0][s].floats() }
+      return (0..<steps - 1).map { distance(from: x[$0], to: x[$0 + 1]) }
+    }
+  }
+}
+
+/// Samples trajectories in batches of rows.
+public struct Rollout {
+  /// The steps.
+  public let table: TransitionTable
+  /// Guidance scale for networks that embed one.
+  public let guidance: Double?
+  /// Rows of one forward pass.
+  public let batch: Int
+  /// Called before every forward pass; throws to stop.
+  public var beforeStep: () throws -> Void = {}
+
+  /// Creates a sampler.
+  public init(table: TransitionTable, guidance: Double?, batch: Int) {
+    self.table = table
+    self.guidance = guidance
+    self.batch = batch
+  }
+
+  /// Samples one trajectory a row.
+  ///
+  /// - Parameters:
+  ///   - initial: x_0 [S, ...] float32.
+  ///   - conditions: one a sample.
+  ///   - noise: fills ε of sample s at step i.
+  /// - Returns: the trajectories.
+  public func sample(
+    _ network: any FlowModel, initial: Tensor, conditions: [Condition],
+    noise: (_ sample: Int, _ step: Int, _ out: UnsafeMutableBufferPointer<Float>) -> Void
+  ) throws -> Trajectories {
+    let samples = initial.size(0)
+    let steps = table.steps.count
+    let states = try Tensor.zeros([steps + 1] + initial.shape, device: initial.device)
+    let clean = try Tensor.zeros(like: initial)
+    var logProbabilities = [[Double]](repeating: [Double](repeating: .nan, count: steps - 1), count: samples)
+    try states[0].copy(from: initial)
+    try withoutGrad {
+      for range in Batches(samples, of: batch) {
+        let condition = try Condition.stack(Array(conditions[range]))
+        var x = try initial[range]
+        for i in 0..<steps {
+          try beforeStep()
+          let v = try network.velocity(x, at: i, table, condition, guidance)
+          if i == steps - 1 { try clean[range].copy(from: try table.cleanEstimate(x, v, step: i)) }
+          let rows = [Int](repeating: i, count: range.count)
+          let mean = try table.mean(x, v, rows)
+          if table.steps[i].isStochastic {
+            x = try table.sample(mean, noise: try noiseTensor(range, i, x, noise), rows)
+            if i < steps - 1 {
+              let residuals = try table.meanSquaredResidual(x, mean).doubles()
+              for (s, value) in zip(range, residuals) {
+                logProbabilities[s][i] = table.logProbability(meanSquaredResidual: value, step: i)
+              }
+            }
+          } else {
+            x = mean
+          }
+          try states[i + 1][range].copy(from: x)
+        }
+      }
+    }
+    return Trajectories(states: states, clean: clean, logProbabilities: logProbabilities)
+  }
+
+  private func noiseTensor(
+    _ range: Range<Int>, _ step: Int, _ x: Tensor,
+    _ noise: (Int, Int, UnsafeMutableBufferPointer<Float>) -> Void
+  ) throws -> Tensor {
+    let each = x.count / range.count
+    let values = [Float](unsafeUninitializedCapacity: each * range.count) { buffer, count in
+      for (row, s) in range.enumerated() {
+        noise(s, step, UnsafeMutableBufferPointer(rebasing: buffer[(row * each)..<((row + 1) * each)]))
+      }
+      count = each * range.count
+    }
+    return try Tensor(values, shape: x.shape).to(x.device)
+  }
+}
+
+extension FlowModel {
+  func velocity(
+    _ x: Tensor, at step: Int, _ table: TransitionTable, _ condition: Condition, _ guidance: Double?
+  ) throws -> Tensor {
+    let times = try Tensor.full([x.size(0)], Double(table.times[step]), device: x.device)
+    return try velocity(x, times: times, condition: condition, guidance: guidance)
+  }
+}
+
+/// Consecutive ranges of about equal size, at most `limit` where that leaves none with a single row: products of
+/// one row round differently from those of several, and rollout and replay must agree in every bit.
+struct Batches: Sequence {
+  private let ranges: [Range<Int>]
+  init(_ count: Int, of limit: Int) {
+    let parts = Swift.max(Swift.min((count + limit - 1) / limit, count / 2), 1)
+    ranges = (0..<parts).map { (count * $0 / parts)..<(count * ($0 + 1) / parts) }.filter { !$0.isEmpty }
+  }
+  func makeIterator() -> IndexingIterator<[Range<Int>]> { ranges.makeIterator() }
+}

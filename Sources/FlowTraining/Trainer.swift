@@ -1,0 +1,405 @@
+import ChunkGRPO
+import FlowModels
+import FlowRewards
+import Foundation
+import Pictures
+import Torch
+import TorchNN
+
+/// What a run tells whoever watches it.
+public enum TrainingEvent: Sendable {
+  /// Something worth knowing that does not stop the run.
+  case warning(String)
+  /// An iteration is done.
+  case iteration(MetricsRow, of: Int)
+  /// A checkpoint is on disk.
+  case checkpoint(String)
+}
+
+/// One training run: prompts → text embeddings → trajectories → images → rewards → advantages → chunk plans → drawn
+/// chunks → gradients → parameters → checkpoint.
+public final class Trainer {
+  /// The resolved configuration.
+  public let configuration: Configuration
+  /// The model.
+  public let engine: Engine
+  /// The trained weights.
+  public let policy: Policy
+  /// Prompts trained on.
+  public let prompts: [Prompt]
+  /// Called on the training thread.
+  public var report: (TrainingEvent) -> Void = { _ in }
+
+  private let folder: RunFolder
+  private let rewards: RewardSet
+  private let table: TransitionTable
+  private let window: Range<Int>
+  private let strategy: ChunkStrategy
+  private let draw: ChunkDraw
+  private let timeWeight: TimeWeight
+  private let optimizer: AdamW
+  private let random: RandomPlan
+  private let fixedPrompts: [Prompt]
+  private let evaluationPrompts: [Prompt]
+  private var iteration = 0
+  private var update = 0
+  private var saved = -1
+  private var boundary: [String: Tensor]?
+
+  /// Loads everything and checks what can be checked before the first rollout.
+  public init(_ configuration: Configuration, folder: RunFolder) throws {
+    try configuration.validate()
+    self.configuration = configuration
+    self.folder = folder
+    let c = configuration
+    let file = try PromptFile(file: URL(filePath: c.prompts.file), split: c.prompts.split)
+    prompts = file.prompts
+    rewards = try RewardSet(c.rewards)
+    engine = try Engine(c)
+    random = RandomPlan(seed: c.seed)
+    window = c.sampling.trainableSteps
+    let schedule = try engine.trainingSchedule(c.sampling)
+    table = try TransitionTable(
+      schedule: schedule, kind: StepKind(rawValue: c.sampling.step.rawValue)!, eta: c.sampling.eta, stochastic: window,
+      truncatedTimes: c.sampling.time == .truncated)
+    strategy = try ChunkStrategy(c.chunk.plan)
+    draw = try ChunkDraw(c.chunk.draw)
+    timeWeight = TimeWeight(rawValue: c.chunk.timeWeight.rawValue)!
+    policy = try Policy(c.trainable, engine.network.modules, device: engine.device, seeds: random)
+    optimizer = try AdamW(
+      policy.parameters,
+      AdamW.Options(
+        learningRate: c.optim.lr, beta1: c.optim.betas[0], beta2: c.optim.betas[1], epsilon: c.optim.eps,
+        weightDecay: c.optim.weightDecay))
+    let all = try PromptFile(file: URL(filePath: c.prompts.file), split: "all").prompts
+    evaluationPrompts = all.filter { $0.split == "dev" }
+    // One prompt of each kind, from the part for choosing settings where there is one.
+    var tags: Set<String> = []
+    let candidates = evaluationPrompts.isEmpty ? prompts : evaluationPrompts
+    fixedPrompts = Array(candidates.filter { $0.tag == nil || tags.insert($0.tag!).inserted }.prefix(6))
+  }
+
+  /// Counts for `--dry-run`.
+  public var summary: [(String, String)] {
+    let c = configuration
+    let total = engine.network.modules.parameters.reduce(0) { $0 + $1.tensor.count }
+    let plan = (try? strategy.plan(steps: window.count))?.sizes.description ?? strategy.description
+    let trained = (try? averageTrainedSteps()) ?? 0
+    return [
+      ("prompts", "\(prompts.count) (\(c.prompts.split))"),
+      ("images per iteration", "\(c.samplesPerIteration)"),
+      ("transformer parameters", "\(total)"),
+      ("trainable parameters", "\(policy.count)"),
+      ("network dtype, device", "\(engine.pipeline.transformer.dtype), \(engine.device)"),
+      ("latent tokens per image", "\(engine.latentShape[0]) × \(engine.latentShape[1])"),
+      ("chunks over steps \(window.lowerBound)…\(window.upperBound - 1)", plan),
+      ("forward passes per iteration", "\(c.samplesPerIteration * c.sampling.steps) in rollouts, about \(Int(trained.rounded())) in updates"),
+      ("optimizer steps", "\(c.run.iterations * c.optim.updatesPerIteration)"),
+    ]
+  }
+
+  private func averageTrainedSteps() throws -> Double {
+    let plan = try strategy.plan(steps: window.count)
+    let inclusion = try draw.inclusionProbabilities(of: plan, fraction: configuration.chunk.fraction)
+    return zip(plan.sizes, inclusion).reduce(0) { $0 + Double($1.0) * $1.1 } * Double(configuration.samplesPerIteration)
+  }
+
+  // MARK: the run
+
+  /// Trains to the end, from the newest whole checkpoint of the folder if `resume`.
+  public func run(resume: Bool) throws {
+    if resume { try restore() }
+    if let warning = encoderWarning() { report(.warning(warning)) }
+    let total = configuration.run.iterations
+    while iteration < total {
+      do {
+        try Interruption.check()
+        let row = try step()
+        iteration += 1
+        boundary = nil
+        try folder.append(row)
+        report(.iteration(row, of: total))
+      } catch let interrupted as Interrupted {
+        if let boundary { try load(boundary) }
+        if saved != iteration { try save() }
+        throw interrupted
+      }
+      if iteration % configuration.run.checkpointEvery == 0 || iteration == total { try save() }
+    }
+    if saved != iteration { try save() }
+  }
+
+  private func encoderWarning() -> String? {
+    for prompt in prompts where engine.encoder.truncated[prompt.text] == nil {
+      _ = try? engine.encoder(prompt.text)
+    }
+    return engine.encoder.warning
+  }
+
+  /// One iteration: a rollout and its updates.
+  private func step() throws -> MetricsRow {
+    var clock = Stopwatch()
+    var row = MetricsRow()
+    let batch = samplesOfIteration()
+    let conditions = try batch.map { try engine.encoder($0.prompt.text) }
+
+    let trajectories = try clock.time("rollout") { try rollout(batch, conditions) }
+    let images = try clock.time("decode") {
+      let last = configuration.sampling.decode == .x0 ? trajectories.clean : try trajectories.states[table.steps.count]
+      return try engine.decode(last)
+    }
+    let scored = try clock.time("reward") {
+      let scores = try rewards.score(images, batch.map(\.prompt))
+      record(try GuardValues.measure(images, groupSize: configuration.group.size), "guards/", &row)
+      return scores
+    }
+    let advantages = try advantages(scored, &row)
+    let samples = try drawChunks(batch, trajectories, advantages.values, &row)
+    try clock.time("update") { try self.update(samples, trajectories, conditions, &row) }
+
+    row.iteration = iteration + 1
+    row.update = update
+    row.seconds = clock.seconds
+    row.values["images_per_s"] = Double(batch.count) / clock.seconds.values.reduce(0, +)
+    row.seconds["network"] = engine.network.takeSeconds()
+    try look(&row)
+    return row
+  }
+
+  private struct Sample {
+    let prompt: Prompt
+    /// Number within the prompt: 0 ..< group size, further on if a prompt comes twice in an iteration.
+    let number: Int
+  }
+
+  /// Groups of samples: prompts are taken in shuffled order, epoch after epoch.
+  private func samplesOfIteration() -> [Sample] {
+    let size = configuration.group.size
+    var seen: [Int: Int] = [:]
+    var result: [Sample] = []
+    var orders: [Int: [Int]] = [:]
+    for i in 0..<configuration.group.promptsPerIteration {
+      let position = iteration * configuration.group.promptsPerIteration + i
+      let epoch = position / prompts.count
+      if orders[epoch] == nil {
+        var stream = random.stream(.promptOrder, iteration: epoch)
+        orders[epoch] = stream.shuffled(prompts.count)
+      }
+      let index = orders[epoch]![position % prompts.count]
+      let before = seen[index, default: 0]
+      seen[index] = before + size
+      result += (0..<size).map { Sample(prompt: prompts[index], number: before + $0) }
+    }
+    return result
+  }
+
+  private func rollout(_ batch: [Sample], _ conditions: [Condition]) throws -> Trajectories {
+    let streams = batch.map { sample in
+      switch configuration.sampling.sharedNoise {
+      case .group: random.stream(.initialNoise, iteration: iteration, prompt: sample.prompt.text)
+      case .batch: random.stream(.initialNoise, iteration: iteration)
+      case .none: random.stream(.initialNoise, iteration: iteration, prompt: sample.prompt.text, sample: sample.number)
+      }
+    }
+    var sampler = engine.rollout(table)
+    sampler.beforeStep = Interruption.check
+    return try sampler.sample(engine.network, initial: try engine.noise(streams), conditions: conditions) { s, i, out in
+      var stream = random.stream(
+        .stepNoise, iteration: iteration, prompt: batch[s].prompt.text, sample: batch[s].number, step: i)
+      stream.fillNormal(out)
+    }
+  }
+
+  /// Rewards of all samples → advantages; invalid scores mask their sample out of its group.
+  private func advantages(_ scores: [[Double?]], _ row: inout MetricsRow) throws -> Advantages {
+    let (c, size) = (configuration, configuration.group.size)
+    let total = c.samplesPerIteration
+    let masked = (0..<total).map { s in scores.contains { $0[s] == nil || !$0[s]!.isFinite } }
+    guard masked.contains(false) else { throw RunError("iteration \(iteration + 1): no sample has a valid reward") }
+    let groups = stride(from: 0, to: total, by: size).map { $0..<($0 + size) }
+    let aggregate = RewardAggregate(rawValue: c.aggregate.rawValue)!
+    let weights = c.rewards.map(\.weight)
+    let combined = try groups.map { group in
+      try aggregate.combine(
+        rewards: scores.map { $0[group].map { $0 ?? 0 } }, weights: weights, masked: Array(masked[group]))
+    }
+    let advantages = try Advantages.groups(
+      rewards: combined, masked: groups.map { Array(masked[$0]) }, std: AdvantageStd(rawValue: c.loss.advantageStd.rawValue)!,
+      clamp: c.loss.advantageClip)
+    // Means over valid samples; reward_mean is the weighted sum whatever the aggregation, so that curves compare.
+    let valid = (0..<total).filter { !masked[$0] }
+    for (name, values) in zip(rewards.names, scores) {
+      row.values["reward/\(name)"] = valid.reduce(0) { $0 + values[$1]! } / Double(valid.count)
+    }
+    let sums = valid.map { s in zip(weights, scores).reduce(0) { $0 + $1.0 * $1.1[s]! } }
+    let summary = try Summary(sums)
+    row.values["reward_mean"] = summary.mean
+    row.values["reward_std"] = summary.standardDeviation
+    row.counts["zero_groups"] = advantages.zeroGroups
+    row.counts["masked"] = advantages.masked
+    return advantages
+  }
+
+  /// Cuts every trajectory into chunks and draws those it is trained on.
+  private func drawChunks(
+    _ batch: [Sample], _ trajectories: Trajectories, _ advantages: [Double], _ row: inout MetricsRow
+  ) throws -> [UpdateSample] {
+    let plan = try strategy.plan(steps: window.count)
+    let weights = try timeWeight.weights(plan: plan, steps: Array(table.steps[window]))
+    row.chunkSizes = plan.sizes
+    row.drawProbabilities = try draw.probabilities(of: plan)
+    return try batch.enumerated().map { r, sample in
+      var stream = random.stream(
+        .chunkDraw, iteration: iteration, prompt: sample.prompt.text, sample: sample.number)
+      let drawn = try draw.draw(from: plan, fraction: configuration.chunk.fraction, using: &stream)
+      let chunks = drawn.map { j in
+        let range = plan.ranges[j]
+        return (
+          steps: (range.lowerBound + window.lowerBound)..<(range.upperBound + window.lowerBound), weight: weights[j]
+        )
+      }
+      return UpdateSample(row: r, advantage: advantages[r], chunks: chunks)
+    }
+  }
+
+  /// The updates of one iteration.
+  private func update(
+    _ samples: [UpdateSample], _ trajectories: Trajectories, _ conditions: [Condition], _ row: inout MetricsRow
+  ) throws {
+    let c = configuration
+    var rule = engine.update(
+      table, microBatch: c.optim.microBatch, ratio: RatioKind(rawValue: c.chunk.ratio.rawValue)!,
+      clip: ClipRange(low: c.loss.clip[0], high: c.loss.clip[1]))
+    rule.beforeStep = Interruption.check
+    // Until the iteration is done this is the state that a signal falls back to.
+    boundary = try snapshot()
+    var stream = random.stream(.sampleOrder, iteration: iteration)
+    let order = stream.shuffled(samples.count)
+    var deviations: [Double] = []
+    var clipped = 0
+    var norms: [Double] = []
+    let parts = c.optim.updatesPerIteration
+    for u in 0..<parts {
+      let chosen = order[(samples.count * u / parts)..<(samples.count * (u + 1) / parts)].map { samples[$0] }
+      let result = try rule.accumulate(chosen, trajectories, conditions: conditions, first: u == 0)
+      if u == 0 {
+        row.values["replay_gap"] = result.replayGap
+        try check(result)
+      }
+      let norm = try optimizer.clipGradients(maxNorm: c.optim.maxGradNorm)
+      guard norm.isFinite else {
+        throw RunError(
+          "iteration \(iteration + 1), update \(u + 1): the gradient's norm is \(norm); lower optim.lr and resume from the last checkpoint")
+      }
+      try optimizer.step()
+      update += 1
+      norms.append(norm)
+      deviations += result.ratios.map { abs($0 - 1) }
+      clipped += result.clipped
+    }
+    row.values["grad_norm"] = norms.reduce(0, +) / Double(norms.count)
+    row.values["ratio_dev"] = deviations.isEmpty ? 0 : deviations.reduce(0, +) / Double(deviations.count)
+    row.values["ratio_dev_max"] = deviations.max() ?? 0
+    row.values["clip_share"] = deviations.isEmpty ? 0 : Double(clipped) / Double(deviations.count)
+  }
+
+  /// Stops a run whose replay does not reproduce the rollout: its ratios would mean nothing.
+  private func check(_ report: UpdateReport) throws {
+    let limit = min(configuration.loss.clip[0], configuration.loss.clip[1]) / 10
+    guard let at = report.replayGapAt, !(report.replayGap <= limit) else { return }
+    throw RunError(
+      "iteration \(iteration + 1): replayed log-probability of sample \(at.row), step \(at.step) differs from the rollout's by "
+        + "\(report.replayGap), a tenth of the clip range is \(limit): ratios would not start at 1. "
+        + "Try network.dtype=float32, or another optim.microBatch")
+  }
+
+  // MARK: looking
+
+  private func record(_ guards: GuardValues, _ prefix: String, _ row: inout MetricsRow) {
+    row.values[prefix + "blank"] = guards.blank
+    row.values[prefix + "diversity"] = guards.diversity
+    row.values[prefix + "ink"] = guards.ink
+    row.values[prefix + "vivid"] = guards.vivid
+  }
+
+  /// Pictures and evaluation, when they are due after this iteration.
+  private func look(_ row: inout MetricsRow) throws {
+    let run = configuration.run
+    func due(_ every: Int) -> Bool { every > 0 && row.iteration % every == 0 }
+    if due(run.samplesEvery), !fixedPrompts.isEmpty { try draw(name: row.iteration) }
+    if due(run.evaluateEvery), !evaluationPrompts.isEmpty {
+      let evaluation = try Evaluation.run(
+        engine, evaluationPrompts, rewards, count: 2, steps: configuration.sampling.steps, seed: configuration.seed,
+        check: Interruption.check)
+      for (name, values) in evaluation.perPrompt { row.values["eval/\(name)"] = values.reduce(0, +) / Double(values.count) }
+      record(evaluation.guards, "eval/guards/", &row)
+    }
+  }
+
+  /// A labelled grid of fixed prompts and noise.
+  private func draw(name: Int) throws {
+    let count = 4
+    let images = try engine.draw(
+      fixedPrompts.map(\.text), count: count, steps: configuration.sampling.steps, seed: configuration.seed,
+      check: Interruption.check)
+    let rows = try fixedPrompts.enumerated().map { i, prompt in
+      Grid.Row(prompt.text, cells: try (0..<count).map { Grid.Cell(try Image(try images[i * count + $0])) })
+    }
+    let scale = max(1, 128 / configuration.sampling.width)
+    try Grid(title: "iteration \(name)", rows: rows, scale: scale).render()
+      .write(png: folder.samples.appending(path: "iteration-\(String(name).leftPadded(to: 6)).png"))
+  }
+
+  // MARK: checkpoints
+
+  /// Copies of everything that changes: parameters under `parameter.`, moments under `optimizer.`.
+  private func snapshot() throws -> [String: Tensor] {
+    var state: [String: Tensor] = ["update": try Tensor([Int64(update)])]
+    for (name, tensor) in policy.parameters { state["parameter." + name] = try tensor.detach().clone() }
+    for (name, tensor) in optimizer.state { state["optimizer." + name] = try tensor.clone() }
+    return state
+  }
+
+  private func load(_ state: [String: Tensor]) throws {
+    func entry(_ name: String) throws -> Tensor {
+      guard let tensor = state[name] else { throw RunError("checkpoint: \(name) is missing") }
+      return tensor
+    }
+    try policy.restore { try entry("parameter." + $0) }
+    try optimizer.restore { try entry("optimizer." + $0) }
+    for tensor in policy.parameters.values { try tensor.clearGrad() }
+    update = Int(try entry("update").item())
+  }
+
+  private func save() throws {
+    let model = URL(filePath: configuration.model).appending(path: "transformer/config.json")
+    try folder.save(iteration: iteration, update: update, keep: configuration.run.keep) { target in
+      try Safetensors.write(try snapshot(), metadata: ["iteration": String(iteration)], to: target.appending(path: "training.safetensors"))
+      try policy.export(to: target, config: model)
+      try AtomicFile.write(Data(configuration.yaml().utf8), to: target.appending(path: "config.yaml"))
+    }
+    try policy.export(to: folder.adapter, config: model)
+    saved = iteration
+    report(.checkpoint("iteration \(iteration)"))
+  }
+
+  private func restore() throws {
+    let (found, warnings) = folder.newestCheckpoint()
+    for warning in warnings { report(.warning(warning)) }
+    guard let found else {
+      report(.warning("no checkpoint yet: starting at iteration 0"))
+      return try folder.truncateMetrics(after: 0)
+    }
+    let file = try SafetensorsFile(found.folder.appending(path: "training.safetensors"))
+    var state: [String: Tensor] = [:]
+    for name in file.names { state[name] = try file.tensor(name) }
+    try load(state)
+    iteration = found.state.iteration
+    saved = iteration
+    try folder.truncateMetrics(after: iteration)
+  }
+}
+
+extension String {
+  func leftPadded(to width: Int) -> String { String(repeating: "0", count: max(0, width - count)) + self }
+}

@@ -1,0 +1,106 @@
+import ArgumentParser
+import FlowTraining
+import Foundation
+
+struct Evaluate: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    abstract: "Score a model on held-out prompts, alone or against another on equal noise.",
+    discussion: """
+      Deterministic sampling by the model's own schedule; the unit of all intervals and tests is the prompt.
+
+      Examples:
+        chunkgrpo evaluate runs/a --against Models/flux-mini --count 4 --picture before-after.png
+        chunkgrpo evaluate Models/flux-mini --reward scenes:strict --split dev --json
+      """)
+
+  @Argument(help: "A model folder, an adapter, a checkpoint or a run.")
+  var model: String
+  @Option(help: ArgumentHelp("Compare with this model, prompt by prompt.", valueName: "model"))
+  var against: String?
+  @Option(help: ArgumentHelp("Model folder, where an adapter does not say.", valueName: "folder"))
+  var base: String?
+  @Option(help: ArgumentHelp("Prompt file (default: the run's, else the built-in one).", valueName: "file"))
+  var prompts: String?
+  @Option(help: "Part of the prompt file: test, dev, train or all.")
+  var split = "test"
+  @Option(
+    parsing: .singleValue,
+    help: ArgumentHelp("A reward, e.g. scenes:graded; may be repeated (default: the run's).", valueName: "name[:score]"))
+  var reward: [String] = []
+  @Option(help: "Images of each prompt.")
+  var count = 4
+  @Option(help: "Sampling steps (default: the run's, else 17).")
+  var steps: Int?
+  @Option(help: "Seed of the noise, the same on both sides.")
+  var seed: UInt64 = 1
+  @Option(help: ArgumentHelp("Write a grid of before and after here (PNG).", valueName: "file"))
+  var picture: String?
+  @Flag(help: "Print one JSON object on stdout.")
+  var json = false
+
+  func validate() throws {
+    guard count > 0 else { throw ValidationError("--count: must be at least 1, got \(count)") }
+    guard steps ?? 1 > 0 else { throw ValidationError("--steps: must be at least 1, got \(steps!)") }
+    guard picture == nil || against != nil else { throw ValidationError("--picture needs --against MODEL") }
+  }
+
+  func run() throws {
+    let tuned = try ModelReference(model, base: base)
+    let other = try against.map { try ModelReference($0, base: base) }
+    var configuration = tuned.configuration
+    if !reward.isEmpty {
+      configuration.rewards = reward.map { text in
+        let parts = text.split(separator: ":", maxSplits: 1).map(String.init)
+        return Configuration.Reward(name: parts[0], score: parts.count > 1 ? parts[1] : nil)
+      }
+    }
+    let file = try prompts ?? tuned.promptFile()
+    let list = try PromptFile.load(file: URL(filePath: file), split: split)
+    let comparison = Comparison(
+      tuned: tuned, base: other, rewards: configuration.rewards, prompts: list, split: split, count: count,
+      steps: steps ?? configuration.sampling.steps, seed: seed)
+    let report = try comparison.run(picture: picture.map { URL(filePath: $0) }) { name, done in
+      Terminal.status("\(name): \(done)/\(list.count) prompts")
+    }
+    Terminal.clearLine()
+    print(json ? try Terminal.json(report) : Self.text(report))
+  }
+
+  static func text(_ report: EvaluationReport) -> String {
+    func interval(_ ci: [Double]?) -> String {
+      ci.map { "[\(Terminal.fixed($0[0], 4)), \(Terminal.fixed($0[1], 4))]" } ?? ""
+    }
+    var rows: [[String]] = []
+    let compared = report.against != nil
+    rows.append(
+      ["reward, category", "prompts"] + (compared ? ["base", "tuned"] : ["mean"]) + ["95 % interval"]
+        + (compared ? ["difference", "95 % interval", "p"] : []))
+    for (name, part) in report.rewards.sorted(by: { $0.key < $1.key }) {
+      var cells = [name, "\(report.n_prompts)"]
+      if let base = part.against?["all"] { cells.append(Terminal.fixed(base.mean, 4)) }
+      cells += [Terminal.fixed(part.mean, 4), interval(part.ci95)]
+      if let paired = part.paired {
+        cells += [Terminal.signed(paired.difference, 4), interval(paired.ci95), String(format: "%.1e", paired.p)]
+      }
+      rows.append(cells)
+      for (tag, category) in part.per_category.sorted(by: { $0.key < $1.key }) {
+        var cells = ["  \(tag)", "\(category.n)"]
+        if let base = part.against?[tag] { cells.append(Terminal.fixed(base.mean, 4)) }
+        cells += [Terminal.fixed(category.mean, 4), interval(category.ci95)]
+        if let base = part.against?[tag] { cells.append(Terminal.signed(category.mean - base.mean, 4)) }
+        rows.append(cells)
+      }
+    }
+    var text = Terminal.table(rows) + "\n"
+    func guards(_ name: String, _ g: [Double]) -> [String] { [name] + g.map { Terminal.fixed($0, 4) } }
+    var guardRows = [["guards", "blank", "diversity", "ink", "vivid"]]
+    if let g = report.guards_against { guardRows.append(guards("base", [g.blank, g.diversity, g.ink, g.vivid])) }
+    let g = report.guards
+    guardRows.append(guards(compared ? "tuned" : "model", [g.blank, g.diversity, g.ink, g.vivid]))
+    text += "\n" + Terminal.table(guardRows)
+    if let collapsed = report.collapsed {
+      text += "\n" + (collapsed.isEmpty ? "no guard collapsed" : "COLLAPSED: " + collapsed.joined(separator: "; "))
+    }
+    return text
+  }
+}

@@ -1,0 +1,94 @@
+import ArgumentParser
+import FlowTraining
+import Foundation
+
+/// Options that change a configuration.
+struct ConfigurationOptions: ParsableArguments {
+  @Option(name: .customLong("set"), parsing: .singleValue, help: ArgumentHelp("Override a key; may be repeated.", valueName: "key=value"))
+  var overrides: [String] = []
+}
+
+struct Train: ParsableCommand {
+  static let configuration = CommandConfiguration(
+    abstract: "Train a model by reinforcement learning, or continue a run.",
+    discussion: """
+      Examples:
+        chunkgrpo train Examples/demo.yaml --set output=runs/a --set seed=2
+        chunkgrpo train Examples/demo.yaml --dry-run
+        chunkgrpo train --resume runs/a
+      """)
+
+  @Argument(help: "The configuration (YAML).")
+  var config: String?
+  @Option(help: ArgumentHelp("Continue this run from its newest whole checkpoint.", valueName: "run"))
+  var resume: String?
+  @Flag(help: "Check configuration, files and model; print the resolved configuration and counts; train nothing.")
+  var dryRun = false
+  @Flag(help: "Print one JSON object on stdout.")
+  var json = false
+  @OptionGroup var options: ConfigurationOptions
+
+  func validate() throws {
+    guard (config == nil) != (resume == nil) else {
+      throw ValidationError("give a configuration to start a run, or --resume RUN to continue one")
+    }
+  }
+
+  func run() throws {
+    let (configuration, folder) = try prepare()
+    try configuration.validate()
+    if resume == nil, !dryRun { try folder.requireNew() }
+    let trainer = try Trainer(configuration, folder: folder)
+    if dryRun { return try describe(trainer) }
+    if resume == nil { try folder.create(configuration) }
+    Interruption.watch()
+    let progress = TrainingProgress()
+    var last: MetricsRow?
+    trainer.report = { event in
+      if case .iteration(let row, _) = event { last = row }
+      progress.show(event)
+    }
+    let start = Date()
+    try trainer.run(resume: resume != nil)
+    let seconds = Date().timeIntervalSince(start)
+    if json {
+      struct Result: Encodable {
+        let run: String, adapter: String, iterations: Int, reward_mean: Double?, seconds: Double
+      }
+      print(
+        try Terminal.json(
+          Result(
+            run: folder.url.path, adapter: folder.adapter.path, iterations: configuration.run.iterations,
+            reward_mean: last?.values["reward_mean"], seconds: seconds)))
+    } else {
+      print("\(folder.url.path): \(configuration.run.iterations) iterations done in \(Terminal.duration(seconds)); adapter in \(folder.adapter.path)")
+    }
+  }
+
+  private func prepare() throws -> (Configuration, RunFolder) {
+    if let resume {
+      let folder = RunFolder(URL(filePath: resume))
+      try folder.requireRun()
+      let base = try Configuration.load(file: folder.configFile)
+      return (try Configuration.applyResume(base: base, overrides: options.overrides), folder)
+    }
+    var configuration = try Configuration.load(file: URL(filePath: config!), overrides: options.overrides)
+    // Absolute, so that the run can be continued and evaluated from any directory.
+    configuration.model = URL(filePath: configuration.model).standardizedFileURL.path
+    configuration.prompts.file = URL(filePath: configuration.prompts.file).standardizedFileURL.path
+    return (configuration, RunFolder(URL(filePath: configuration.output)))
+  }
+
+  private func describe(_ trainer: Trainer) throws {
+    let counts = trainer.summary
+    if json {
+      struct Result: Encodable { let configuration: Configuration, counts: [String: String] }
+      print(
+        try Terminal.json(
+          Result(configuration: trainer.configuration, counts: Dictionary(uniqueKeysWithValues: counts))))
+    } else {
+      print(trainer.configuration.yaml())
+      print(Terminal.table(counts.map { ["# \($0.0)", $0.1] }))
+    }
+  }
+}
