@@ -10,7 +10,6 @@ let settings: [SwiftSetting] = [
 
 let argumentParser = Target.Dependency.product(
   name: "ArgumentParser", package: "swift-argument-parser")
-let logging = Target.Dependency.product(name: "Logging", package: "swift-log")
 let yams = Target.Dependency.product(name: "Yams", package: "Yams")
 
 let package = Package(
@@ -25,7 +24,6 @@ let package = Package(
   ],
   dependencies: [
     .package(url: "https://github.com/apple/swift-argument-parser", from: "1.5.0"),
-    .package(url: "https://github.com/apple/swift-log", from: "1.6.0"),
     .package(url: "https://github.com/jpsim/Yams", from: "6.0.0"),
   ],
   targets: [
@@ -41,10 +39,10 @@ let package = Package(
     .target(
       name: "FlowTraining",
       dependencies: [
-        "ChunkGRPO", "FlowModels", "FlowRewards", "Pictures", "Torch", "TorchNN", logging, yams,
+        "ChunkGRPO", "FlowModels", "FlowRewards", "Pictures", "Torch", "TorchNN", yams,
       ]),
     .executableTarget(
-      name: "CLI", dependencies: ["FlowTraining", argumentParser, logging],
+      name: "CLI", dependencies: ["FlowTraining", "Pictures", argumentParser],
       path: "Sources/chunkgrpo"),
 
     .testTarget(name: "ChunkGRPOTests", dependencies: ["ChunkGRPO"]),

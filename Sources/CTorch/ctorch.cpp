@@ -388,6 +388,7 @@ int32_t ctorch_fused_adamw_(const ctorch_tensor *params, const ctorch_tensor *gr
     at::NoGradGuard no_grad;
     auto p = list(params, count), g = list(grads, count), m = list(means, count), s = list(squares, count),
          n = list(steps, count);
+    at::_foreach_add_(n, 1);  // the kernel reads the number of this step, it does not count
     at::_fused_adamw_(p, g, m, s, /*max_exp_avg_sqs=*/{}, n, lr, beta1, beta2, weight_decay, eps,
                       /*amsgrad=*/false, /*maximize=*/false);
   });

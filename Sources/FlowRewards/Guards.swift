@@ -44,8 +44,8 @@ public struct GuardValues: Codable, Sendable, Equatable {
     }
   }
 
-  /// Mean over groups of the mean pairwise RMS difference. Differences are taken directly, not from a Gram matrix,
-  /// whose cancellation would hide the small differences a collapse ends in.
+  /// Mean over groups of the mean pairwise RMS difference, taken directly: the cancellation in a Gram matrix
+  /// would hide the small differences that a collapse ends in.
   private static func diversity(_ images: Tensor, groupSize: Int) throws -> Double {
     var sum = 0.0
     for start in stride(from: 0, to: images.size(0), by: groupSize) {
@@ -61,7 +61,8 @@ public struct GuardValues: Codable, Sendable, Equatable {
 
   /// What has collapsed since `base` was measured, each with its number and bound; empty if nothing has.
   ///
-  /// Bounds: blank ≤ base + 0.02, diversity ≥ 0.8·base, ink within 0.6…1.6·base. A NaN is outside every bound.
+  /// Bounds: blank ≤ base + 0.02, diversity ≥ 0.8·base, ink within 0.6…1.6·base. A NaN is outside every
+  /// bound.
   public func collapsed(against base: GuardValues) -> [String] {
     func range(_ name: String, _ value: Double, _ low: Double, _ high: Double) -> String? {
       if value >= low && value <= high { return nil }
@@ -79,4 +80,6 @@ public struct GuardValues: Codable, Sendable, Equatable {
 private func mean(_ values: [Double]) -> Double { values.reduce(0, +) / Double(values.count) }
 
 /// Four decimals without a C format string.
-private func short(_ value: Double) -> String { value.isFinite ? "\((value * 1e4).rounded() / 1e4)" : "\(value)" }
+private func short(_ value: Double) -> String {
+  value.isFinite ? "\((value * 1e4).rounded() / 1e4)" : "\(value)"
+}

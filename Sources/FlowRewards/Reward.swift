@@ -104,7 +104,8 @@ public struct RewardPrompt: Sendable, Equatable {
   private static func explain(_ error: any Error) -> String {
     switch error {
     case DecodingError.keyNotFound(let key, _): "no \(key.stringValue)"
-    case DecodingError.typeMismatch(let type, let context), DecodingError.valueNotFound(let type, let context):
+    case DecodingError.typeMismatch(let type, let context),
+      DecodingError.valueNotFound(let type, let context):
       "\(context.codingPath.last?.stringValue ?? "the line") is not of type \(type)"
     default: "not a JSON object"
     }
@@ -115,10 +116,13 @@ extension Scene {
   /// Why no image can show this scene, or nil.
   var flaw: String? {
     if include.isEmpty { return "include is empty" }
-    if let entry = include.first(where: { $0.count < 1 }) { return "\(entry.name) has count \(entry.count), not ≥ 1" }
+    if let entry = include.first(where: { $0.count < 1 }) {
+      return "\(entry.name) has count \(entry.count), not ≥ 1"
+    }
     guard let relation else { return nil }
     guard Relation(rawValue: relation) != nil else {
-      return "relation \"\(relation)\" is not one of \(Relation.allCases.map(\.rawValue).joined(separator: ", "))"
+      return
+        "relation \"\(relation)\" is not one of \(Relation.allCases.map(\.rawValue).joined(separator: ", "))"
     }
     return include.count == 2 ? nil : "a relation needs two included classes, found \(include.count)"
   }
@@ -140,24 +144,36 @@ enum Relation: String, CaseIterable {
       case .above: (-dy, dx)
       case .below: (dy, dx)
       }
-    return along > 8 && along > Swift.abs(across)
+    return along > 8 && along > abs(across)
   }
 }
 
 /// Why a reward could not be made or asked.
 public enum RewardError: Error, CustomStringConvertible, Sendable, Equatable {
+  /// No reward of this name.
   case unknownReward(name: String, known: [String])
+  /// The reward has no such score.
   case unknownScore(reward: String, score: String, known: [String])
+  /// A line of a prompt file that is not a prompt.
   case badPromptLine(line: String, reason: String)
+  /// A prompt that names no objects, given to a reward that counts them.
   case promptWithoutScene(prompt: String)
+  /// A scene that no image can show.
   case badScene(prompt: String, reason: String)
+  /// Images of another shape than `consumer` takes.
   case badImages(consumer: String, shape: [Int], expected: String)
+  /// Not one prompt an image.
   case promptCount(images: Int, prompts: Int)
+  /// Pixels that are infinite or NaN.
   case notFinite(images: Int, of: Int)
+  /// Images that do not form groups of this size.
   case badGroups(images: Int, groupSize: Int)
+  /// A file without the glyphs it should hold.
   case badSprites(path: String, reason: String)
+  /// A data file that is in none of the folders.
   case assetNotFound(file: String, searched: [String])
 
+  /// What, where, expected, got, and the way out.
   public var description: String {
     switch self {
     case .unknownReward(let name, let known):
@@ -168,14 +184,16 @@ public enum RewardError: Error, CustomStringConvertible, Sendable, Equatable {
         : "rewards: \(reward) has no score \"\(score)\"; known: \(known.joined(separator: ", "))"
     case .badPromptLine(let line, let reason): "prompt line \(line): \(reason)"
     case .promptWithoutScene(let prompt):
-      "scenes: prompt \"\(prompt)\" says not what to look for; give it an include list or choose another reward"
+      "scenes: prompt \"\(prompt)\" has no include list to check images by; add one or drop this reward"
     case .badScene(let prompt, let reason): "scenes: prompt \"\(prompt)\": \(reason)"
-    case .badImages(let consumer, let shape, let expected): "\(consumer): images are \(shape), expected \(expected)"
-    case .promptCount(let images, let prompts): "\(images) images but \(prompts) prompts: pass one prompt an image"
+    case .badImages(let consumer, let shape, let expected):
+      "\(consumer): images are \(shape), expected \(expected)"
+    case .promptCount(let images, let prompts):
+      "\(images) images but \(prompts) prompts: pass one prompt an image"
     case .notFinite(let images, let total):
       "guards: \(images) of \(total) images hold infinities or NaN; drop them or stop the run"
     case .badGroups(let images, let size):
-      "guards: \(images) images are not groups of \(size); the size must be ≥ 2 and divide the number of images"
+      "guards: \(images) images are not groups of \(size); the size must be ≥ 2 and divide their number"
     case .badSprites(let path, let reason): "\(path): \(reason)"
     case .assetNotFound(let file, let searched):
       "\(file) not found; looked in \(searched.joined(separator: ", ")); set CHUNKGRPO_DATA to its folder"
@@ -185,7 +203,8 @@ public enum RewardError: Error, CustomStringConvertible, Sendable, Equatable {
 
 /// Whether each image [C, H, W] of [B, C, H, W] holds finite numbers only.
 func finiteImages(_ images: Tensor) throws -> [Bool] {
-  images.count == 0 ? [] : try images.isFinite().to(.uint8).amin([1, 2, 3]).array(of: UInt8.self).map { $0 == 1 }
+  images.count == 0
+    ? [] : try images.isFinite().to(.uint8).amin([1, 2, 3]).array(of: UInt8.self).map { $0 == 1 }
 }
 
 /// Throws unless `images` is [B, 3, H, W] with B prompts (nil: any B).

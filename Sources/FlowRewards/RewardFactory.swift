@@ -20,7 +20,8 @@ public enum RewardFactory {
         throw RewardError.unknownScore(reward: name, score: score ?? "", known: known)
       }
       let file = "sprites.safetensors"
-      return try ScenesVerifier(sprites: assets?.appendingPathComponent(file) ?? Assets.locate(file), score: kind)
+      return try ScenesVerifier(
+        sprites: assets?.appendingPathComponent(file) ?? Assets.locate(file), score: kind)
     case "vivid", "colourfulness":
       if let score { throw RewardError.unknownScore(reward: name, score: score, known: []) }
       return Vivid(name: name)
@@ -31,8 +32,9 @@ public enum RewardFactory {
 
 /// Finds the data files that ship with the program.
 public enum Assets {
-  /// The first of these folders that holds `file`: `$CHUNKGRPO_DATA`, `../Data` and `../share/chunkgrpo/Data` beside
-  /// the executable's folder, then `Data` in every folder above the executable (a build inside the checkout).
+  /// `file` in the first of these folders that holds it: `$CHUNKGRPO_DATA`; seen from the executable's
+  /// folder, `../Data` and `../share/chunkgrpo/Data`; then `Data` in every folder above (a build in the
+  /// checkout).
   ///
   /// - Throws: ``RewardError/assetNotFound(file:searched:)``, with every folder looked in.
   public static func locate(_ file: String) throws -> URL {
@@ -52,8 +54,12 @@ public enum Assets {
   static func folders(environment: [String: String], executable: URL) -> [URL] {
     var folder = executable.deletingLastPathComponent()
     let prefix = folder.deletingLastPathComponent()
-    var found = [prefix.appendingPathComponent("Data"), prefix.appendingPathComponent("share/chunkgrpo/Data")]
-    if let set = environment["CHUNKGRPO_DATA"], !set.isEmpty { found.insert(URL(fileURLWithPath: set), at: 0) }
+    var found = [
+      prefix.appendingPathComponent("Data"), prefix.appendingPathComponent("share/chunkgrpo/Data"),
+    ]
+    if let set = environment["CHUNKGRPO_DATA"], !set.isEmpty {
+      found.insert(URL(fileURLWithPath: set), at: 0)
+    }
     while true {
       let candidate = folder.appendingPathComponent("Data")
       if !found.contains(candidate) { found.append(candidate) }

@@ -1,11 +1,12 @@
 import Foundation
 import Torch
 
-/// The exact verifier of the built-in scenes: GenEval in miniature, by template matching instead of a detector.
+/// The exact verifier of the built-in scenes: GenEval in miniature, by template matching instead of a
+/// detector.
 ///
-/// A template is a glyph on white with a 1-px white margin. At every position the mean squared colour difference
-/// over the template's box is compared; positions below 0.03 are detections, best first, each suppressing those
-/// with centres nearer than 14 px in both x and y. Scores: see ``score(_:against:)``.
+/// A template is a glyph on white with a 1-px white margin. At every position the mean squared colour
+/// difference over the template's box is compared; positions below 0.03 are detections, best first, each
+/// suppressing those with centres nearer than 14 px in both x and y. Scores: see ``score(_:against:)``.
 public final class ScenesVerifier: Reward {
   /// Which of the two scores is the reward's value; both are among the parts.
   public enum Score: String, Sendable, CaseIterable { case strict, graded }
@@ -34,6 +35,7 @@ public final class ScenesVerifier: Reward {
   static let threshold: Float = 0.03
   static let suppression = 14
 
+  /// `scenes`.
   public let name = "scenes"
   private let score: Score
   private let classes: Set<String>
@@ -48,6 +50,10 @@ public final class ScenesVerifier: Reward {
     self.score = score
   }
 
+  /// Scores as ``Reward/scores(_:prompts:)`` says, of images [B, 3, 64, 64].
+  ///
+  /// - Throws: ``RewardError/promptWithoutScene(prompt:)`` and ``RewardError/badScene(prompt:reason:)``,
+  ///   naming the prompt.
   public func scores(_ images: Tensor, prompts: [RewardPrompt]) throws -> [RewardScore] {
     try checkImages(images, for: name, prompts: prompts.count)
     let scenes = try prompts.map(scene)
@@ -64,25 +70,28 @@ public final class ScenesVerifier: Reward {
   private func scene(of prompt: RewardPrompt) throws(RewardError) -> Scene {
     guard let scene = prompt.scene else { throw .promptWithoutScene(prompt: prompt.text) }
     if let flaw = scene.flaw { throw .badScene(prompt: prompt.text, reason: flaw) }
-    if let entry = scene.include.first(where: { !classes.contains($0.name) }) {
-      let known = classes.sorted().joined(separator: ", ")
-      throw .badScene(prompt: prompt.text, reason: "no glyph of class \(entry.name); known: \(known)")
+    for entry in scene.include {
+      let wanted = entry.color.map { "\($0) \(entry.name)" } ?? entry.name
+      if entry.color == nil ? classes.contains(wanted) : sprites.objects.contains(wanted) { continue }
+      let known = sprites.objects.joined(separator: ", ")
+      throw .badScene(prompt: prompt.text, reason: "no glyph shows a \(wanted); known: \(known)")
     }
     return scene
   }
 
   /// Scores what was found in an image.
   ///
-  /// *strict* is 1 if every entry is found exactly `count` times, nothing else is, and the relation holds.
-  /// *graded* is the mean of max(0, 1 − |found − count|/count) for every entry, again ignoring colour for every
-  /// entry with one, the relation (0 or 1) where there is one, and the same of all found against all wanted.
+  /// `found` is best first; a relation is between the best of either entry. *strict* is 1 if every entry is
+  /// found exactly `count` times, nothing else is, and the relation holds. *graded* is the mean of max(0, 1 −
+  /// |found − count|/count) for every entry, again ignoring colour for every entry with one, the relation (0
+  /// or 1) where there is one, and the same of all found against all wanted.
   /// - Throws: ``RewardError/badScene(prompt:reason:)`` for a scene that no image can show.
   public static func score(
     _ found: [Detection], against scene: Scene
   ) throws(RewardError) -> (strict: Double, graded: Double) {
     if let flaw = scene.flaw { throw .badScene(prompt: "\(scene.include.map(\.name))", reason: flaw) }
     func closeness(_ found: Int, _ wanted: Int) -> Double {
-      max(0, 1 - Double(Swift.abs(found - wanted)) / Double(wanted))
+      max(0, 1 - Double(abs(found - wanted)) / Double(wanted))
     }
     let wanted = scene.include.reduce(0) { $0 + $1.count }
     var exact = found.count == wanted
@@ -90,14 +99,16 @@ public final class ScenesVerifier: Reward {
     var firsts: [Detection?] = []
     for entry in scene.include {
       let sameClass = found.filter { SpriteSheet.className($0.name) == entry.name }
-      let matching = sameClass.filter { entry.color == nil || SpriteSheet.color($0.name) ?? "" == entry.color! }
+      let matching = sameClass.filter { entry.color == nil || SpriteSheet.color($0.name) == entry.color }
       exact = exact && matching.count == entry.count
       firsts.append(matching.first)
       terms.append(closeness(matching.count, entry.count))
       if entry.color != nil { terms.append(closeness(sameClass.count, entry.count)) }
     }
     if let relation = scene.relation.flatMap(Relation.init) {
-      let holds = firsts[0].flatMap { a in firsts[1].map { b in relation.holds(dx: a.x - b.x, dy: a.y - b.y) } } ?? false
+      let holds =
+        firsts[0].flatMap { a in firsts[1].map { b in relation.holds(dx: a.x - b.x, dy: a.y - b.y) } }
+        ?? false
       exact = exact && holds
       terms.append(holds ? 1 : 0)
     }
@@ -107,15 +118,16 @@ public final class ScenesVerifier: Reward {
 
   /// The objects in each of `images` [B, 3, 64, 64], best first; none where pixels are not finite.
   ///
-  /// Images are transformed one by one: the spectra and maps of one, 5.4 MB, stay near the cache, those of eight
-  /// take three times as long an image.
+  /// Images are transformed one by one: the spectra and maps of one, 5.4 MB, stay near the cache, those of
+  /// eight take three times as long an image.
   public func detections(_ images: Tensor) throws -> [[Detection]] { try detections(images, block: 1) }
 
   /// The same, `block` images a transform.
   func detections(_ images: Tensor, block: Int) throws -> [[Detection]] {
     try checkImages(images, for: name, prompts: nil)
     guard Array(images.shape[2...]) == [Self.side, Self.side] else {
-      throw RewardError.badImages(consumer: name, shape: images.shape, expected: "[B, 3, \(Self.side), \(Self.side)]")
+      throw RewardError.badImages(
+        consumer: name, shape: images.shape, expected: "[B, 3, \(Self.side), \(Self.side)]")
     }
     return try withoutGrad {
       let ink = try images.to(.cpu).to(.float32) * -1 + 1
@@ -157,7 +169,8 @@ public final class ScenesVerifier: Reward {
           for left in 0...side - size where maps[row + left] < Self.threshold {
             result.append(
               Candidate(
-                error: maps[row + left], size: index, left: left, top: top, x: left + size / 2, y: top + size / 2))
+                error: maps[row + left], size: index, left: left, top: top, x: left + size / 2,
+                y: top + size / 2))
           }
         }
       }
@@ -169,8 +182,11 @@ public final class ScenesVerifier: Reward {
   static func keepBest(_ candidates: [Candidate]) -> [Candidate] {
     var kept: [Candidate] = []
     // Equal errors in order of size, row and column, so that the result is one and the same on every run.
-    for c in candidates.sorted(by: { ($0.error, $0.size, $0.top, $0.left) < ($1.error, $1.size, $1.top, $1.left) })
-    where !kept.contains(where: { Swift.abs($0.x - c.x) < suppression && Swift.abs($0.y - c.y) < suppression }) {
+    for c in candidates.sorted(by: {
+      ($0.error, $0.size, $0.top, $0.left) < ($1.error, $1.size, $1.top, $1.left)
+    })
+    where !kept.contains(where: { abs($0.x - c.x) < suppression && abs($0.y - c.y) < suppression }
+    ) {
       kept.append(c)
     }
     return kept

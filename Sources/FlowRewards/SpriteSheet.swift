@@ -35,8 +35,8 @@ struct SpriteSheet: Sendable {
   /// The last word of an object's name.
   static func className(_ object: String) -> Substring { object.split(separator: " ").last ?? "" }
   /// The first word of an object's name if it has two.
-  static func color(_ object: String) -> Substring? {
+  static func color(_ object: String) -> String? {
     let words = object.split(separator: " ")
-    return words.count > 1 ? words[0] : nil
+    return words.count > 1 ? String(words[0]) : nil
   }
 }

@@ -2,17 +2,18 @@ import Torch
 
 /// Differences of every glyph at every position, by Fourier transform: Σ(x − T)² = x²∗1 − 2x∗T + ΣT².
 ///
-/// In ink (white = 0) the template's margin and the canvas around the image vanish, so that x∗T needs no padding: a
-/// circular correlation of the image's own size wraps at positions only where the glyph would leave the image. Both
-/// factor −2/n and ΣT²/n (n numbers a box) are folded into the spectra, which leaves one product and one inverse
-/// transform a template. Energies x²∗1 are two small products with banded matrices.
+/// In ink (white = 0) the template's margin and the canvas around the image vanish, so that x∗T needs no
+/// padding: a circular correlation of the image's own size wraps only where the glyph would leave the image.
+/// The factor −2/n and ΣT²/n (n numbers a box) are folded into the spectra, which leaves one product and one
+/// inverse transform a template. Energies x²∗1 are two small products with banded matrices.
 struct TemplateSpectra: Sendable {
   private let side, sizes, objects: Int
   /// Conjugate spectra times −2/n, one tensor a channel: [sizes · objects, 1, side, side/2 + 1].
   private let channels: [Tensor]
   /// ΣT²/n as the zero frequency of a constant: complex [sizes · objects, 1, 1, 1].
   private let energies: Tensor
-  /// Row p sums the pixels p − 1 … p + size: [sizes, 1, side, side], zero where the glyph would leave the image.
+  /// Row p sums the pixels p − 1 … p + size, none where the glyph would leave the image: [sizes, 1, side,
+  /// side].
   private let bands: Tensor
   /// `bands` transposed and divided by n.
   private let meanBands: Tensor
@@ -28,7 +29,9 @@ struct TemplateSpectra: Sendable {
       let spectrum = try Tensor(ink, shape: [objects, 3, size, size]).rfft2(side, side).viewAsReal()
       spectra.append(try spectrum * Tensor([Float(-2 / n), Float(2 / n)]))
       for object in 0..<objects {
-        let energy = ink[object * 3 * size * size..<(object + 1) * 3 * size * size].reduce(0.0) { $0 + Double($1 * $1) }
+        let energy = ink[object * 3 * size * size..<(object + 1) * 3 * size * size].reduce(0.0) {
+          $0 + Double($1 * $1)
+        }
         // irfft2 divides by side².
         offsets += [Float(energy / n * Double(side * side)), 0]
       }
@@ -60,7 +63,8 @@ struct TemplateSpectra: Sendable {
     while least.size(1) > 1 {
       let (all, half) = (least.size(1), least.size(1) / 2)
       let rest = try least.narrow(1, half, all - half)
-      least = try all % 2 == 0
+      least =
+        try all % 2 == 0
         ? least.narrow(1, 0, half).minimum(rest)
         : Tensor.cat([least.narrow(1, 0, half).minimum(rest.narrow(1, 0, half)), rest.narrow(1, half, 1)], 1)
     }

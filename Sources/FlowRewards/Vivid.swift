@@ -3,14 +3,16 @@ import Torch
 /// Hasler and Süsstrunk's colourfulness, on pixels in 0…1: √(σ²_rg + σ²_yb) + 0.3·√(μ²_rg + μ²_yb) with
 /// rg = R − G and yb = (R + G)/2 − B, standard deviations over all pixels of an image (population).
 ///
-/// Source: Hasler & Süsstrunk, Measuring colourfulness in natural images, SPIE 5007 (2003), eqs. 7–8 of the
-/// opponent form. A grey image scores 0; the scenes of the built-in task lie near 0.25.
+/// Source: Hasler & Süsstrunk, Measuring colourfulness in natural images, SPIE 5007 (2003), the metric that
+/// needs no CIELab. A grey image scores 0; the scenes of the built-in task lie near 0.25.
 public struct Vivid: Reward {
+  /// The name it was made under.
   public let name: String
 
   /// Creates the reward under one of its names.
   public init(name: String = "vivid") { self.name = name }
 
+  /// Colourfulness of images of any size; prompts play no part.
   public func scores(_ images: Tensor, prompts: [RewardPrompt]) throws -> [RewardScore] {
     try checkImages(images, for: name, prompts: prompts.count)
     return try Self.values(images).map { RewardScore(value: $0.isFinite ? $0 : nil) }

@@ -138,6 +138,6 @@ extension RewardPrompt {
       : Scene(
         include: prompt.include.map { Scene.Entry(name: $0.name, color: $0.color, count: $0.count) },
         relation: prompt.relation)
-    self.init(text: prompt.text, tag: prompt.tag, scene: scene)
+    self.init(text: prompt.text, scene: scene, tag: prompt.tag ?? "")
   }
 }

@@ -67,7 +67,7 @@ extension GuardValues {
 
 extension Image {
   /// An image tensor [3, H, W] in 0 … 1.
-  init(_ tensor: Tensor) throws {
+  public init(_ tensor: Tensor) throws {
     let shape = tensor.shape
     try self.init(planar: try tensor.floats(), width: shape[2], height: shape[1])
   }

@@ -140,7 +140,7 @@ public struct Comparison {
     let set = try RewardSet(rewards)
     let shown = picture == nil ? [] : Self.shown(prompts)
     func evaluate(_ engine: Engine, _ name: String) throws -> Evaluation {
-      try Evaluation.run(engine, prompts, set, count: count, steps: steps, seed: seed, keep: Set(shown)) { progress(name, $0) }
+      try Evaluation.run(engine, prompts, set, count: count, steps: steps, seed: seed, keep: Set(shown), progress: { progress(name, $0) })
     }
     let engine = try Engine(tuned.configuration)
     var before: Evaluation?

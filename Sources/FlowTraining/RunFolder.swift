@@ -63,7 +63,7 @@ public struct RunFolder: Sendable {
     if let cocoa = error as? CocoaError, let underlying = cocoa.userInfo[NSUnderlyingErrorKey] as? any Error {
       return underlying.localizedDescription
     }
-    return (error as? any CustomStringConvertible)?.description ?? error.localizedDescription
+    return error is CocoaError ? error.localizedDescription : "\(error)"
   }
 
   // MARK: metrics

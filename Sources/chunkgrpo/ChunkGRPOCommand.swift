@@ -13,7 +13,6 @@ struct ChunkGRPOCommand: ParsableCommand {
     subcommands: [Train.self, Sample.self, Evaluate.self, Verify.self, Demo.self, Bench.self])
 
   static func main() {
-    setvbuf(stdout, nil, _IOLBF, 0)
     do {
       var command = try parseAsRoot()
       try command.run()

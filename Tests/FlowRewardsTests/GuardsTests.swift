@@ -21,7 +21,8 @@ struct GuardsTests {
         return (mean, v.reduce(0) { $0 + ($1 - mean) * ($1 - mean) } / Double(area))
       }
       let (a, b) = (moments(rg), moments(yb))
-      let expected = (a.variance + b.variance).squareRoot() + 0.3 * (a.mean * a.mean + b.mean * b.mean).squareRoot()
+      let expected =
+        (a.variance + b.variance).squareRoot() + 0.3 * (a.mean * a.mean + b.mean * b.mean).squareRoot()
       // float32 sums of 4,096 pixels: a few units in the seventh digit.
       #expect(abs(try #require(ours[i].value) - expected) < 1e-6)
     }

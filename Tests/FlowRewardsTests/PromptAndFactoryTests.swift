@@ -25,7 +25,9 @@ struct PromptAndFactoryTests {
           text: "a photo of a circle right of a square",
           scene: Scene(include: [.init(name: "circle"), .init(name: "square")], relation: "right of"),
           tag: "position"))
-    #expect(try RewardPrompt(jsonLine: Data(#"{"prompt": "a quiet sea"}"#.utf8)) == RewardPrompt(text: "a quiet sea"))
+    #expect(
+      try RewardPrompt(jsonLine: Data(#"{"prompt": "a quiet sea"}"#.utf8))
+        == RewardPrompt(text: "a quiet sea"))
   }
 
   @Test(
@@ -80,10 +82,12 @@ struct PromptAndFactoryTests {
   @Test("assets are sought in the documented order")
   func assets() throws {
     let executable = URL(fileURLWithPath: "/opt/tool/bin/program")
-    let folders = Assets.folders(environment: ["CHUNKGRPO_DATA": "/elsewhere"], executable: executable).map(\.path)
+    let folders = Assets.folders(environment: ["CHUNKGRPO_DATA": "/elsewhere"], executable: executable).map(
+      \.path)
     #expect(
       folders == [
-        "/elsewhere", "/opt/tool/Data", "/opt/tool/share/chunkgrpo/Data", "/opt/tool/bin/Data", "/opt/Data", "/Data",
+        "/elsewhere", "/opt/tool/Data", "/opt/tool/share/chunkgrpo/Data", "/opt/tool/bin/Data", "/opt/Data",
+        "/Data",
       ])
     let root = FileManager.default.temporaryDirectory.appendingPathComponent("assets-\(UUID())")
     defer { try? FileManager.default.removeItem(at: root) }

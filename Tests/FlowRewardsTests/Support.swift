@@ -42,7 +42,8 @@ struct VerifierFixture {
     detections = rows.map { row in
       row.map { item in
         func number(_ i: Int) -> Double { (item[i] as! NSNumber).doubleValue }
-        return .init(name: item[1] as! String, error: number(0), x: number(2), y: number(3), size: Int(number(4)))
+        return .init(
+          name: item[1] as! String, error: number(0), x: number(2), y: number(3), size: Int(number(4)))
       }
     }
   }

@@ -31,7 +31,7 @@ extension Verifier {
       record("scheduler \(name)", error: try Self.relative(schedule.sigmas, try data.require(name)), tolerance: 1e-6)
       let timesName = name.replacingOccurrences(of: ".sigmas", with: ".timesteps")
       if data.shape(timesName) != nil {
-        let error = try Self.relative(Array(times.dropLast()), try data.require(timesName))
+        let error = try Self.relative(times, try data.require(timesName))
         record("scheduler \(timesName)", error: error, tolerance: 1e-6)
       }
     }
@@ -82,7 +82,7 @@ extension Verifier {
       let truncated = schedule.networkTimes(truncated: true)
       record("peer_logprob gcpo.sigmas", error: try Self.relative(schedule.sigmas, try data.require("gcpo.sigmas")), tolerance: 1e-7)
       if data.shape("gcpo.timesteps_int") != nil {
-        let error = try Self.relative(Array(truncated.dropLast()), try data.require("gcpo.timesteps_int"))
+        let error = try Self.relative(truncated, try data.require("gcpo.timesteps_int"))
         record("peer_logprob gcpo.timesteps_int", error: error, tolerance: 0)
       }
     }
@@ -121,7 +121,7 @@ extension Verifier {
     try offPolicy(data, eta("gcpo_flow") ?? 0.7)
   }
 
-  /// log p of a recorded next state under another velocity, float32 and bfloat16-rounded.
+  /// log p of a recorded next state under another velocity, and under a bfloat16 one.
   private mutating func offPolicy(_ data: SafetensorsFile, _ eta: Double) throws {
     guard data.shape("in.velocity_perturbed") != nil, data.shape("gcpo.sigmas") != nil else { return }
     let schedule = try NoiseSchedule(sigmas: try data.require("gcpo.sigmas").floats())
@@ -129,16 +129,24 @@ extension Verifier {
     let x = try data.require("in.latents")
     let v = try data.require("in.velocity")
     let noise = try data.require("in.noise")
-    for (prefix, other) in [
-      ("gcpo_flow_pert", try data.require("in.velocity_perturbed")), ("gcpo_flow_bf16v", try v.to(.bfloat16).to(.float32)),
-    ] {
+    let bf16 = try v.to(.bfloat16)
+    for prefix in ["gcpo_flow_pert", "gcpo_flow_bf16v"] {
       var worst = 0.0
       var steps = 0
       for i in 0..<(schedule.steps - 1) where data.shape("\(prefix).\(i).log_prob") != nil {
         let rows = [Int](repeating: i, count: x.size(0))
         steps += 1
         let next = try table.sample(try table.mean(x, v, rows), noise: try noise[i], rows)
-        let residuals = try table.meanSquaredResidual(next, try table.mean(x, other, rows)).doubles()
+        let mean: Tensor
+        if prefix == "gcpo_flow_pert" {
+          mean = try table.mean(x, try data.require("in.velocity_perturbed"), rows)
+        } else {
+          // What the peer does with a bfloat16 network: both factors of the velocity term round to bfloat16.
+          let step = table.steps[i]
+          let term = try (bf16 * (step.velocityWeight / step.delta)) * step.delta
+          mean = try x * step.stateWeight + term.to(.float32)
+        }
+        let residuals = try table.meanSquaredResidual(next, mean).doubles()
         let theirs = try data.require("\(prefix).\(i).log_prob").doubles()
         for (r, b) in zip(residuals, theirs) {
           worst = max(worst, abs(table.logProbability(meanSquaredResidual: r, step: i) - b) / max(1, abs(b)))
