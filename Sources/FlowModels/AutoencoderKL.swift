@@ -9,17 +9,17 @@ import TorchNN
 public final class AutoencoderKL {
   /// Sizes from `config.json`.
   public struct Config: Decodable, Sendable {
-    let block_out_channels: [Int]
-    let layers_per_block: Int
-    let latent_channels: Int
-    let norm_num_groups: Int?
-    let in_channels: Int?
-    let out_channels: Int?
-    let scaling_factor: Double?
-    let shift_factor: Double?
-    let use_quant_conv: Bool?
-    let use_post_quant_conv: Bool?
-    let mid_block_add_attention: Bool?
+    let blockOutChannels: [Int]
+    let layersPerBlock: Int
+    let latentChannels: Int
+    let normNumGroups: Int?
+    let inChannels: Int?
+    let outChannels: Int?
+    let scalingFactor: Double?
+    let shiftFactor: Double?
+    let useQuantConv: Bool?
+    let usePostQuantConv: Bool?
+    let midBlockAddAttention: Bool?
   }
 
   /// The sizes this was built with.
@@ -27,7 +27,7 @@ public final class AutoencoderKL {
   /// Layers and parameters by checkpoint key.
   public let modules = ModuleRegistry()
   /// Pixels a latent cell covers along each side.
-  public var downscale: Int { 1 << (config.block_out_channels.count - 1) }
+  public var downscale: Int { 1 << (config.blockOutChannels.count - 1) }
   private let encoder: Encoder
   private let decoder: Decoder
   private let quant, postQuant: Conv2d?
@@ -39,9 +39,9 @@ public final class AutoencoderKL {
     let (p, c, r) = (checkpoint.root, config, modules)
     encoder = try Encoder(c, p / "encoder", r)
     decoder = try Decoder(c, p / "decoder", r)
-    let z = c.latent_channels
-    quant = c.use_quant_conv ?? true ? try Conv2d(2 * z, 2 * z, kernel: 1, p / "quant_conv", r) : nil
-    postQuant = c.use_post_quant_conv ?? true ? try Conv2d(z, z, kernel: 1, p / "post_quant_conv", r) : nil
+    let z = c.latentChannels
+    quant = c.useQuantConv ?? true ? try Conv2d(2 * z, 2 * z, kernel: 1, p / "quant_conv", r) : nil
+    postQuant = c.usePostQuantConv ?? true ? try Conv2d(z, z, kernel: 1, p / "post_quant_conv", r) : nil
     try checkpoint.finish()
   }
 
@@ -58,7 +58,7 @@ public final class AutoencoderKL {
   }
   /// Latents as the flow model has them → images in 0 … 1.
   public func images(_ latents: Tensor) throws(TorchError) -> Tensor {
-    let z = try latents / (config.scaling_factor ?? 1) + (config.shift_factor ?? 0)
+    let z = try latents / (config.scalingFactor ?? 1) + (config.shiftFactor ?? 0)
     return try (try decode(z) * 0.5 + 0.5).clamp(0, 1)
   }
 
@@ -101,10 +101,10 @@ public final class AutoencoderKL {
     let first, second: ResNet
     let attention: MiddleAttention?
     init(_ size: Int, _ c: Config, _ p: ParameterPath, _ r: ModuleRegistry) throws {
-      let groups = c.norm_num_groups ?? 32
+      let groups = c.normNumGroups ?? 32
       first = try ResNet(size, size, groups, p / "resnets" / 0, r)
       second = try ResNet(size, size, groups, p / "resnets" / 1, r)
-      let attends = c.mid_block_add_attention ?? true
+      let attends = c.midBlockAddAttention ?? true
       attention = attends ? try MiddleAttention(size, groups, p / "attentions" / 0, r) : nil
     }
     func callAsFunction(_ x: Tensor) throws(TorchError) -> Tensor {
@@ -119,23 +119,24 @@ public final class AutoencoderKL {
     let middle: Middle
     let norm: GroupNorm
     init(_ c: Config, _ p: ParameterPath, _ r: ModuleRegistry) throws {
-      let (sizes, groups) = (c.block_out_channels, c.norm_num_groups ?? 32)
-      convIn = try Conv2d(c.in_channels ?? 3, sizes[0], kernel: 3, padding: 1, p / "conv_in", r)
+      let (sizes, groups) = (c.blockOutChannels, c.normNumGroups ?? 32)
+      convIn = try Conv2d(c.inChannels ?? 3, sizes[0], kernel: 3, padding: 1, p / "conv_in", r)
       var before = sizes[0]
       levels = try sizes.enumerated().map { i, size in
         let path = p / "down_blocks" / i
-        let resnets = try (0..<c.layers_per_block).map { j in
+        let resnets = try (0..<c.layersPerBlock).map { j in
           try ResNet(j == 0 ? before : size, size, groups, path / "resnets" / j, r)
         }
         before = size
         let last = i == sizes.count - 1
         return (
-          resnets, last ? nil : try Conv2d(size, size, kernel: 3, stride: 2, path / "downsamplers" / 0 / "conv", r)
+          resnets,
+          last ? nil : try Conv2d(size, size, kernel: 3, stride: 2, path / "downsamplers" / 0 / "conv", r)
         )
       }
       middle = try Middle(before, c, p / "mid_block", r)
       norm = try GroupNorm(groups, before, eps: 1e-6, p / "conv_norm_out", r)
-      convOut = try Conv2d(before, 2 * c.latent_channels, kernel: 3, padding: 1, p / "conv_out", r)
+      convOut = try Conv2d(before, 2 * c.latentChannels, kernel: 3, padding: 1, p / "conv_out", r)
     }
     func callAsFunction(_ images: Tensor) throws(TorchError) -> Tensor {
       var x = try convIn(images)
@@ -154,23 +155,24 @@ public final class AutoencoderKL {
     let middle: Middle
     let norm: GroupNorm
     init(_ c: Config, _ p: ParameterPath, _ r: ModuleRegistry) throws {
-      let (sizes, groups) = (Array(c.block_out_channels.reversed()), c.norm_num_groups ?? 32)
-      convIn = try Conv2d(c.latent_channels, sizes[0], kernel: 3, padding: 1, p / "conv_in", r)
+      let (sizes, groups) = (Array(c.blockOutChannels.reversed()), c.normNumGroups ?? 32)
+      convIn = try Conv2d(c.latentChannels, sizes[0], kernel: 3, padding: 1, p / "conv_in", r)
       middle = try Middle(sizes[0], c, p / "mid_block", r)
       var before = sizes[0]
       levels = try sizes.enumerated().map { i, size in
         let path = p / "up_blocks" / i
-        let resnets = try (0...c.layers_per_block).map { j in
+        let resnets = try (0...c.layersPerBlock).map { j in
           try ResNet(j == 0 ? before : size, size, groups, path / "resnets" / j, r)
         }
         before = size
         let last = i == sizes.count - 1
         return (
-          resnets, last ? nil : try Conv2d(size, size, kernel: 3, padding: 1, path / "upsamplers" / 0 / "conv", r)
+          resnets,
+          last ? nil : try Conv2d(size, size, kernel: 3, padding: 1, path / "upsamplers" / 0 / "conv", r)
         )
       }
       norm = try GroupNorm(groups, before, eps: 1e-6, p / "conv_norm_out", r)
-      convOut = try Conv2d(before, c.out_channels ?? 3, kernel: 3, padding: 1, p / "conv_out", r)
+      convOut = try Conv2d(before, c.outChannels ?? 3, kernel: 3, padding: 1, p / "conv_out", r)
     }
     func callAsFunction(_ latents: Tensor) throws(TorchError) -> Tensor {
       var x = try middle(try convIn(latents))

@@ -8,11 +8,11 @@ import TorchNN
 public final class CLIPTextEncoder {
   /// Sizes from `config.json`.
   public struct Config: Decodable, Sendable {
-    let vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads: Int
-    let max_position_embeddings: Int
-    let hidden_act: String?
-    let layer_norm_eps: Double?
-    let eos_token_id: Int?
+    let vocabSize, hiddenSize, intermediateSize, numHiddenLayers, numAttentionHeads: Int
+    let maxPositionEmbeddings: Int
+    let hiddenAct: String?
+    let layerNormEps: Double?
+    let eosTokenId: Int?
   }
 
   /// The sizes this was built with.
@@ -20,7 +20,7 @@ public final class CLIPTextEncoder {
   /// Layers and parameters by checkpoint key.
   public let modules = ModuleRegistry()
   /// Longest sequence the positions cover.
-  public var maxLength: Int { config.max_position_embeddings }
+  public var maxLength: Int { config.maxPositionEmbeddings }
   private let tokens, positions: Embedding
   private let layers: [Layer]
   private let finalNorm: LayerNorm
@@ -28,7 +28,7 @@ public final class CLIPTextEncoder {
   /// Builds the encoder and takes every parameter of `folder`.
   public init(folder: URL) throws {
     config = try ModelFolder.decode(Config.self, folder.appending(path: "config.json"))
-    let activation = config.hidden_act ?? "quick_gelu"
+    let activation = config.hiddenAct ?? "quick_gelu"
     guard ["quick_gelu", "gelu"].contains(activation) else {
       throw ModelError("\(folder.path)/config.json: hidden_act \(activation) is not one of quick_gelu, gelu")
     }
@@ -36,13 +36,14 @@ public final class CLIPTextEncoder {
     let prefixed = checkpoint.keys.contains { $0.hasPrefix("text_model.") }
     let p = prefixed ? checkpoint.root / "text_model" : checkpoint.root
     let (c, r) = (config, modules)
-    let eps = c.layer_norm_eps ?? 1e-5
-    tokens = try Embedding(c.vocab_size, c.hidden_size, p / "embeddings" / "token_embedding", r)
-    positions = try Embedding(c.max_position_embeddings, c.hidden_size, p / "embeddings" / "position_embedding", r)
-    layers = try (0..<c.num_hidden_layers).map {
+    let eps = c.layerNormEps ?? 1e-5
+    tokens = try Embedding(c.vocabSize, c.hiddenSize, p / "embeddings" / "token_embedding", r)
+    positions = try Embedding(
+      c.maxPositionEmbeddings, c.hiddenSize, p / "embeddings" / "position_embedding", r)
+    layers = try (0..<c.numHiddenLayers).map {
       try Layer(c, eps: eps, quick: activation == "quick_gelu", p / "encoder" / "layers" / $0, r)
     }
-    finalNorm = try LayerNorm(c.hidden_size, eps: eps, p / "final_layer_norm", r)
+    finalNorm = try LayerNorm(c.hiddenSize, eps: eps, p / "final_layer_norm", r)
     // Older exporters wrote the constant 0, 1, 2, … as a tensor.
     try checkpoint.finish { $0.hasSuffix("embeddings.position_ids") }
   }
@@ -66,7 +67,8 @@ public final class CLIPTextEncoder {
     let rows = try Tensor.arange(to: Double(n)).unsqueeze(1)
     let columns = try Tensor.arange(to: Double(n)).unsqueeze(0)
     let masked = try Tensor.full([n, n], -Double.infinity)
-    let mask = try columns.greater(rows).select(masked, else: try Tensor.zeros([n, n])).to(x.dtype).to(x.device)
+    let mask = try columns.greater(rows).select(masked, else: try Tensor.zeros([n, n])).to(x.dtype).to(
+      x.device)
     var penultimate = x
     for layer in layers {
       penultimate = x
@@ -74,8 +76,8 @@ public final class CLIPTextEncoder {
     }
     let last = try finalNorm(x)
     // The published configs say eos 2 and mean "the largest id"; the others name the token.
-    let scores = config.eos_token_id ?? 2 == 2 ? ids : try ids.equal(Double(config.eos_token_id!)).to(.int64)
-    let end = try scores.argmax(-1).reshape(-1, 1, 1).expand(-1, 1, config.hidden_size)
+    let scores = config.eosTokenId ?? 2 == 2 ? ids : try ids.equal(Double(config.eosTokenId!)).to(.int64)
+    let end = try scores.argmax(-1).reshape(-1, 1, 1).expand(-1, 1, config.hiddenSize)
     return Output(last: last, pooled: try last.gather(1, end).squeeze(1), penultimate: penultimate)
   }
 
@@ -86,14 +88,14 @@ public final class CLIPTextEncoder {
     let heads: Int
     let quick: Bool
     init(_ c: Config, eps: Double, quick: Bool, _ p: ParameterPath, _ r: ModuleRegistry) throws {
-      let d = c.hidden_size
+      let d = c.hiddenSize
       norm1 = try LayerNorm(d, eps: eps, p / "layer_norm1", r)
       norm2 = try LayerNorm(d, eps: eps, p / "layer_norm2", r)
       qkv = r.group(try ["q_proj", "k_proj", "v_proj"].map { try Linear(d, d, p / "self_attn" / $0, r) })
       out = try Linear(d, d, p / "self_attn" / "out_proj", r)
-      fc1 = try Linear(d, c.intermediate_size, p / "mlp" / "fc1", r)
-      fc2 = try Linear(c.intermediate_size, d, p / "mlp" / "fc2", r)
-      heads = c.num_attention_heads
+      fc1 = try Linear(d, c.intermediateSize, p / "mlp" / "fc1", r)
+      fc2 = try Linear(c.intermediateSize, d, p / "mlp" / "fc2", r)
+      heads = c.numAttentionHeads
       self.quick = quick
     }
     func callAsFunction(_ x: Tensor, _ mask: Tensor) throws(TorchError) -> Tensor {

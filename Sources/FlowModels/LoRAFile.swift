@@ -32,7 +32,9 @@ public final class LoRAAdapter {
     let unknown = targets.filter { !hit.contains($0) }
     guard unknown.isEmpty else {
       let known = Set(modules.linears.keys.map(Self.suffix)).sorted().joined(separator: ", ")
-      throw ModelError("trainable.targets: no linear layer matches \(unknown.joined(separator: ", ")); the model has \(known)")
+      throw ModelError(
+        "trainable.targets: no linear layer matches \(unknown.joined(separator: ", ")); the model has \(known)"
+      )
     }
     self.layers = layers
     self.modules = modules
@@ -67,7 +69,9 @@ public final class LoRAAdapter {
       let up = try source.require(stem + ".lora_B.weight")
       used.formUnion([name, stem + ".lora_B.weight"])
       guard down.rank == 2, down.size(1) == linear.inSize, up.shape == [linear.outSize, down.size(0)] else {
-        throw bad("\(path): A \(down.shape) and B \(up.shape) do not fit a layer \(linear.inSize) → \(linear.outSize)")
+        throw bad(
+          "\(path): A \(down.shape) and B \(up.shape) do not fit a layer \(linear.inSize) → \(linear.outSize)"
+        )
       }
       var alpha = Double(down.size(0))
       if let stored = try source.tensor(stem + ".alpha") {
@@ -83,7 +87,8 @@ public final class LoRAAdapter {
     }
     unknown += source.names.filter { !used.contains($0) && !unknown.contains($0) }
     guard unknown.isEmpty else {
-      throw bad("\(unknown.count) keys fit no layer of the model (\(unknown.prefix(6).joined(separator: ", ")))")
+      throw bad(
+        "\(unknown.count) keys fit no layer of the model (\(unknown.prefix(6).joined(separator: ", ")))")
     }
     guard !layers.isEmpty else {
       throw bad("holds no LoRA layer; expected keys transformer.<layer>.lora_A.weight and lora_B.weight")

@@ -1,6 +1,5 @@
+import ChunkGRPO
 import Foundation
-import Torch
-import TorchNN
 
 /// A Hugging Face model folder: `model_index.json` and one folder a part.
 public struct ModelFolder: Sendable {
@@ -16,26 +15,34 @@ public struct ModelFolder: Sendable {
     guard FileManager.default.fileExists(atPath: url.path, isDirectory: &isFolder), isFolder.boolValue else {
       throw ModelError("\(url.path): no such folder; expected a model folder with model_index.json")
     }
-    struct Index: Decodable { let _class_name: String }
+    struct Index: Decodable {
+      let pipeline: String
+      enum CodingKeys: String, CodingKey { case pipeline = "_className" }
+    }
     let file = url.appending(path: "model_index.json")
     guard FileManager.default.fileExists(atPath: file.path) else {
-      throw ModelError("\(url.path): no model_index.json, so this is not a model folder in the diffusers layout")
+      throw ModelError(
+        "\(url.path): no model_index.json, so this is not a model folder in the diffusers layout")
     }
-    pipeline = try Self.decode(Index.self, file)._class_name
+    pipeline = try Self.decode(Index.self, file).pipeline
   }
 
   /// The folder of a part, e.g. `transformer`.
   public func part(_ name: String) -> URL { url.appending(path: name) }
 
   /// A part's JSON configuration; fields the type does not name are ignored.
-  public func config<C: Decodable>(_ type: C.Type, _ part: String, _ file: String = "config.json") throws -> C {
+  public func config<C: Decodable>(_ type: C.Type, _ part: String, _ file: String = "config.json") throws -> C
+  {
     try Self.decode(type, url.appending(path: part).appending(path: file))
   }
 
   static func decode<C: Decodable>(_ type: C.Type, _ file: URL) throws -> C {
     guard let data = try? Data(contentsOf: file) else { throw ModelError("\(file.path): cannot be read") }
     do {
-      return try JSONDecoder().decode(type, from: data)
+      let decoder = JSONDecoder()
+      // The scheduler's type spells its keys out.
+      if type != FlowMatchScheduler.self { decoder.keyDecodingStrategy = .convertFromSnakeCase }
+      return try decoder.decode(type, from: data)
     } catch DecodingError.keyNotFound(let key, _) {
       throw ModelError("\(file.path): field \(key.stringValue) is missing")
     } catch DecodingError.typeMismatch(_, let context) {

@@ -8,11 +8,11 @@ import TorchNN
 public final class T5Encoder {
   /// Sizes from `config.json`.
   public struct Config: Decodable, Sendable {
-    let vocab_size, d_model, d_kv, d_ff, num_layers, num_heads: Int
-    let relative_attention_num_buckets: Int?
-    let relative_attention_max_distance: Int?
-    let layer_norm_epsilon: Double?
-    let feed_forward_proj: String?
+    let vocabSize, dModel, dKv, dFf, numLayers, numHeads: Int
+    let relativeAttentionNumBuckets: Int?
+    let relativeAttentionMaxDistance: Int?
+    let layerNormEpsilon: Double?
+    let feedForwardProj: String?
   }
 
   /// The sizes this was built with.
@@ -26,20 +26,20 @@ public final class T5Encoder {
   /// Builds the encoder and takes every parameter of `folder`.
   public init(folder: URL) throws {
     config = try ModelFolder.decode(Config.self, folder.appending(path: "config.json"))
-    let activation = config.feed_forward_proj ?? "gated-gelu"
+    let activation = config.feedForwardProj ?? "gated-gelu"
     guard activation == "gated-gelu" else {
       throw ModelError("\(folder.path)/config.json: feed_forward_proj \(activation) is not gated-gelu")
     }
     let checkpoint = try Checkpoint(folder: folder, names: ["model"])
     let (p, c, r) = (checkpoint.root, config, modules)
-    let eps = c.layer_norm_epsilon ?? 1e-6
-    shared = try Embedding(c.vocab_size, c.d_model, p / "shared", r)
+    let eps = c.layerNormEpsilon ?? 1e-6
+    shared = try Embedding(c.vocabSize, c.dModel, p / "shared", r)
     let blockPath = p / "encoder" / "block"
     bias = try Embedding(
-      c.relative_attention_num_buckets ?? 32, c.num_heads,
+      c.relativeAttentionNumBuckets ?? 32, c.numHeads,
       blockPath / 0 / "layer" / 0 / "SelfAttention" / "relative_attention_bias", r)
-    blocks = try (0..<c.num_layers).map { try Block(c, eps: eps, blockPath / $0 / "layer", r) }
-    finalNorm = try RMSNorm(c.d_model, eps: eps, p / "encoder" / "final_layer_norm", r)
+    blocks = try (0..<c.numLayers).map { try Block(c, eps: eps, blockPath / $0 / "layer", r) }
+    finalNorm = try RMSNorm(c.dModel, eps: eps, p / "encoder" / "final_layer_norm", r)
     try checkpoint.finish { $0 == "encoder.embed_tokens.weight" }  // the same tensor under a second name
   }
 
@@ -56,16 +56,18 @@ public final class T5Encoder {
   /// Source: transformers 5.23.0 T5Attention._relative_position_bucket, bidirectional: half the buckets a side,
   /// exact up to a quarter, then logarithmic up to the maximal distance (logarithm in float32).
   public func positionBias(_ n: Int) throws -> Tensor {
-    let half = (config.relative_attention_num_buckets ?? 32) / 2
+    let half = (config.relativeAttentionNumBuckets ?? 32) / 2
     let exact = half / 2
-    let farthest = Float(config.relative_attention_max_distance ?? 128)
+    let farthest = Float(config.relativeAttentionMaxDistance ?? 128)
     var buckets: [Int64] = []
     for query in 0..<n {
       for key in 0..<n {
         let distance = abs(key - query)
         var bucket = distance
         if distance >= exact {
-          let steps = Foundation.log(Float(distance) / Float(exact)) / Float(Foundation.log(Double(farthest) / Double(exact)))
+          let steps =
+            Foundation.log(Float(distance) / Float(exact))
+            / Float(Foundation.log(Double(farthest) / Double(exact)))
           bucket = min(half - 1, exact + Int(steps * Float(half - exact)))
         }
         buckets.append(Int64(bucket + (key > query ? half : 0)))
@@ -81,15 +83,15 @@ public final class T5Encoder {
     let out, down: Linear
     let heads, headSize, hidden: Int
     init(_ c: Config, eps: Double, _ p: ParameterPath, _ r: ModuleRegistry) throws {
-      let inner = c.num_heads * c.d_kv
+      let inner = c.numHeads * c.dKv
       let (a, f) = (p / 0 / "SelfAttention", p / 1 / "DenseReluDense")
-      norm1 = try RMSNorm(c.d_model, eps: eps, p / 0 / "layer_norm", r)
-      norm2 = try RMSNorm(c.d_model, eps: eps, p / 1 / "layer_norm", r)
-      qkv = r.group(try ["q", "k", "v"].map { try Linear(c.d_model, inner, bias: false, a / $0, r) })
-      out = try Linear(inner, c.d_model, bias: false, a / "o", r)
-      gated = r.group(try ["wi_0", "wi_1"].map { try Linear(c.d_model, c.d_ff, bias: false, f / $0, r) })
-      down = try Linear(c.d_ff, c.d_model, bias: false, f / "wo", r)
-      (heads, headSize, hidden) = (c.num_heads, c.d_kv, c.d_ff)
+      norm1 = try RMSNorm(c.dModel, eps: eps, p / 0 / "layer_norm", r)
+      norm2 = try RMSNorm(c.dModel, eps: eps, p / 1 / "layer_norm", r)
+      qkv = r.group(try ["q", "k", "v"].map { try Linear(c.dModel, inner, bias: false, a / $0, r) })
+      out = try Linear(inner, c.dModel, bias: false, a / "o", r)
+      gated = r.group(try ["wi_0", "wi_1"].map { try Linear(c.dModel, c.dFf, bias: false, f / $0, r) })
+      down = try Linear(c.dFf, c.dModel, bias: false, f / "wo", r)
+      (heads, headSize, hidden) = (c.numHeads, c.dKv, c.dFf)
     }
     func callAsFunction(_ x: Tensor, _ bias: Tensor) throws(TorchError) -> Tensor {
       let s = x.shape

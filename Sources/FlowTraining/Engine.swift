@@ -30,13 +30,14 @@ public final class Engine {
       }
     pipeline = try FluxPipeline(URL(filePath: configuration.model), dtype: dtype, device: device)
     pipeline.transformer.roundsTimeToDType = configuration.network.timeRounding == .model
-    pipeline.transformer.attentionKernel = AttentionKernel(rawValue: configuration.network.attention.rawValue)!
+    pipeline.transformer.attentionKernel = AttentionKernel(
+      rawValue: configuration.network.attention.rawValue)!
     grid = try pipeline.grid(height: configuration.sampling.height, width: configuration.sampling.width)
     network = TimedNetwork(pipeline.flowModel(grid: grid))
     encoder = PromptEncoder(pipeline)
     batch = configuration.optim.microBatch
-    guidance = pipeline.transformer.config.guidance_embeds ? configuration.sampling.guidance : nil
-    if pipeline.transformer.config.guidance_embeds, guidance == nil {
+    guidance = pipeline.transformer.config.guidanceEmbeds ? configuration.sampling.guidance : nil
+    if pipeline.transformer.config.guidanceEmbeds, guidance == nil {
       throw RunError("sampling.guidance: this model embeds a guidance scale; set one, e.g. 3.5")
     }
   }
@@ -44,7 +45,7 @@ public final class Engine {
   /// Where the network is.
   public var device: Device { pipeline.transformer.device }
   /// Shape of one sample's latents: [tokens, channels].
-  public var latentShape: [Int] { [grid.rows * grid.columns, pipeline.transformer.config.in_channels] }
+  public var latentShape: [Int] { [grid.rows * grid.columns, pipeline.transformer.config.inChannels] }
 
   /// The schedule of training trajectories.
   func trainingSchedule(_ sampling: Configuration.Sampling) throws -> NoiseSchedule {
@@ -55,7 +56,9 @@ public final class Engine {
   }
 
   /// A sampler over `table`.
-  func rollout(_ table: TransitionTable) -> Rollout { Rollout(table: table, guidance: guidance, batch: batch) }
+  func rollout(_ table: TransitionTable) -> Rollout {
+    Rollout(table: table, guidance: guidance, batch: batch)
+  }
 
   /// An update rule over `table`.
   func update(_ table: TransitionTable, microBatch: Int, ratio: RatioKind, clip: ClipRange) -> PolicyUpdate {
@@ -66,7 +69,9 @@ public final class Engine {
   /// Latents [S, tokens, channels] → images [S, 3, H, W] in 0 … 1, decoded in batches.
   public func decode(_ latents: Tensor) throws -> Tensor {
     var parts: [Tensor] = []
-    for range in Batches(latents.size(0), of: batch) { parts.append(try pipeline.decode(try latents[range], grid: grid)) }
+    for range in Batches(latents.size(0), of: batch) {
+      parts.append(try pipeline.decode(try latents[range], grid: grid))
+    }
     return try Tensor.cat(parts)
   }
 
@@ -86,7 +91,9 @@ public final class Engine {
   /// Images of `prompts`, `count` each, by the model's own schedule and the ODE: [prompts·count, 3, H, W].
   ///
   /// x_0 is a function of (seed, prompt, sample): two models given the same arguments see the same noise.
-  public func draw(_ prompts: [String], count: Int, steps: Int, seed: UInt64, check: @escaping () throws -> Void = {})
+  public func draw(
+    _ prompts: [String], count: Int, steps: Int, seed: UInt64, check: @escaping () throws -> Void = {}
+  )
     throws -> Tensor
   {
     let plan = RandomPlan(seed: seed)
@@ -103,7 +110,8 @@ public final class Engine {
     }
     var sampler = rollout(table)
     sampler.beforeStep = check
-    let result = try sampler.sample(network, initial: try noise(streams), conditions: conditions) { _, _, _ in }
+    let result = try sampler.sample(network, initial: try noise(streams), conditions: conditions) { _, _, _ in
+    }
     return try decode(result.clean)
   }
 }
@@ -133,7 +141,8 @@ struct RewardSet {
 
 extension RewardPrompt {
   init(_ prompt: Prompt) {
-    let scene = prompt.include.isEmpty
+    let scene =
+      prompt.include.isEmpty
       ? nil
       : Scene(
         include: prompt.include.map { Scene.Entry(name: $0.name, color: $0.color, count: $0.count) },

@@ -109,7 +109,7 @@ public struct EvaluationReport: Encodable, Sendable {
     /// Interval of ``mean``.
     public let ci95: [Double]?
     /// By the prompts' tags.
-    public let per_category: [String: Part]
+    public let perCategory: [String: Part]
     /// Against the other model.
     public let paired: Paired?
     /// The other model's own numbers.
@@ -117,21 +117,21 @@ public struct EvaluationReport: Encodable, Sendable {
   }
 
   /// Prompts.
-  public let n_prompts: Int
+  public let nPrompts: Int
   /// Images of each.
-  public let samples_per_prompt: Int
+  public let samplesPerPrompt: Int
   /// The first reward's mean.
   public let mean: Double
   /// The first reward's interval.
   public let ci95: [Double]?
   /// The first reward by category.
-  public let per_category: [String: Part]
+  public let perCategory: [String: Part]
   /// The first reward against the other model.
   public let paired: Paired?
   /// Guards of this model.
   public let guards: GuardValues
   /// Guards of the other model.
-  public let guards_against: GuardValues?
+  public let guardsAgainst: GuardValues?
   /// What the guards say against the other model; empty if nothing collapsed.
   public let collapsed: [String]?
   /// Every reward by name.
@@ -148,12 +148,15 @@ public struct EvaluationReport: Encodable, Sendable {
   public let against: String?
 
   init(
-    _ evaluation: Evaluation, against base: Evaluation?, order: [String], steps: Int, seed: UInt64, split: String,
+    _ evaluation: Evaluation, against base: Evaluation?, order: [String], steps: Int, seed: UInt64,
+    split: String,
     model: String, againstName: String?
   ) throws {
     func categories(_ e: Evaluation, _ name: String) throws -> [String: Part] {
       var groups: [String: [Double]] = [:]
-      for (prompt, value) in zip(e.prompts, e.perPrompt[name]!) { groups[prompt.tag ?? "untagged", default: []].append(value) }
+      for (prompt, value) in zip(e.prompts, e.perPrompt[name]!) {
+        groups[prompt.tag ?? "untagged", default: []].append(value)
+      }
       return try groups.mapValues(Part.init)
     }
     var parts: [String: RewardPart] = [:]
@@ -166,14 +169,14 @@ public struct EvaluationReport: Encodable, Sendable {
         against!["all"] = try Part(base.perPrompt[name]!)
       }
       parts[name] = RewardPart(
-        mean: whole.mean, ci95: whole.ci95, per_category: try categories(evaluation, name),
+        mean: whole.mean, ci95: whole.ci95, perCategory: try categories(evaluation, name),
         paired: try base.map { try Paired(values, against: $0.perPrompt[name]!) }, against: against)
     }
     let first = parts[order[0]]!
-    (n_prompts, samples_per_prompt) = (evaluation.prompts.count, evaluation.samplesPerPrompt)
-    (mean, ci95, per_category, paired) = (first.mean, first.ci95, first.per_category, first.paired)
+    (nPrompts, samplesPerPrompt) = (evaluation.prompts.count, evaluation.samplesPerPrompt)
+    (mean, ci95, perCategory, paired) = (first.mean, first.ci95, first.perCategory, first.paired)
     guards = evaluation.guards
-    guards_against = base?.guards
+    guardsAgainst = base?.guards
     collapsed = base.map { evaluation.guards.collapsed(against: $0.guards) }
     rewards = parts
     (self.steps, self.seed, self.split, self.model, self.against) = (steps, seed, split, model, againstName)

@@ -30,7 +30,8 @@ public struct MetricsRow: Sendable {
     object["chunk_sizes"] = chunkSizes
     object["draw_p"] = drawProbabilities.map(number)
     object["seconds"] = seconds.mapValues(number)
-    let data = try JSONSerialization.data(withJSONObject: object, options: [.sortedKeys, .withoutEscapingSlashes])
+    let data = try JSONSerialization.data(
+      withJSONObject: object, options: [.sortedKeys, .withoutEscapingSlashes])
     return String(decoding: data, as: UTF8.self)
   }
 }
@@ -58,12 +59,16 @@ public final class TimedNetwork: FlowModel {
 
   public var modules: ModuleRegistry { base.modules }
 
-  public func velocity(_ latents: Tensor, times: Tensor, condition: Condition, guidance: Double?) throws -> Tensor {
+  public func velocity(_ latents: Tensor, times: Tensor, condition: Condition, guidance: Double?) throws
+    -> Tensor
+  {
     try clock.time("") { try base.velocity(latents, times: times, condition: condition, guidance: guidance) }
   }
 
   /// Back-propagates through passes of this network.
-  func backward(_ output: Tensor, _ gradient: Tensor) throws { try clock.time("") { try output.backward(gradient) } }
+  func backward(_ output: Tensor, _ gradient: Tensor) throws {
+    try clock.time("") { try output.backward(gradient) }
+  }
 
   /// Seconds since the last call.
   func takeSeconds() -> Double {

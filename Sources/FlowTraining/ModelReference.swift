@@ -42,7 +42,8 @@ public struct ModelReference: Sendable {
     } else if let base {
       configuration = try Self.defaults(URL(filePath: base))
     } else {
-      throw RunError("\(path): an adapter without a run around it: say which model it is for with --base MODEL")
+      throw RunError(
+        "\(path): an adapter without a run around it: say which model it is for with --base MODEL")
     }
     if isFolder.boolValue, exists("metrics.jsonl") || exists("checkpoints") {
       try add(adapter: url.appending(path: "adapter").path)
@@ -54,8 +55,8 @@ public struct ModelReference: Sendable {
   private static func defaults(_ folder: URL) throws -> Configuration {
     var configuration = Configuration()
     configuration.model = folder.path
-    struct Size: Decodable { let sample_size: Int? }
-    let size = min(try ModelFolder(folder).config(Size.self, "vae").sample_size ?? 1024, 1024)
+    struct Size: Decodable { let sampleSize: Int? }
+    let size = min(try ModelFolder(folder).config(Size.self, "vae").sampleSize ?? 1024, 1024)
     (configuration.sampling.height, configuration.sampling.width) = (size, size)
     return configuration
   }
@@ -74,7 +75,8 @@ public struct ModelReference: Sendable {
     } else if let found = file("diffusion_pytorch_model.safetensors") {
       weights = found
     } else {
-      throw RunError("\(path): holds neither pytorch_lora_weights.safetensors nor diffusion_pytorch_model.safetensors")
+      throw RunError(
+        "\(path): holds neither pytorch_lora_weights.safetensors nor diffusion_pytorch_model.safetensors")
     }
   }
 
@@ -93,7 +95,8 @@ public struct ModelReference: Sendable {
   /// Whether both draw with the same base network, so that it need not be loaded twice.
   func sharesBase(with other: ModelReference) -> Bool {
     weights == nil && other.weights == nil
-      && URL(filePath: configuration.model).standardizedFileURL == URL(filePath: other.configuration.model).standardizedFileURL
+      && URL(filePath: configuration.model).standardizedFileURL
+        == URL(filePath: other.configuration.model).standardizedFileURL
   }
 
   /// The model, ready to draw.
@@ -128,7 +131,8 @@ public struct Comparison {
 
   /// Sets up a comparison of `tuned`, against `base` if there is one.
   public init(
-    tuned: ModelReference, base: ModelReference?, rewards: [Configuration.Reward], prompts: [Prompt], split: String,
+    tuned: ModelReference, base: ModelReference?, rewards: [Configuration.Reward], prompts: [Prompt],
+    split: String,
     count: Int, steps: Int, seed: UInt64
   ) {
     (self.tuned, self.base, self.rewards, self.prompts, self.split) = (tuned, base, rewards, prompts, split)
@@ -136,11 +140,15 @@ public struct Comparison {
   }
 
   /// Draws and scores; `picture` receives a grid of before and after.
-  public func run(picture: URL? = nil, progress: (String, Int) -> Void = { _, _ in }) throws -> EvaluationReport {
+  public func run(picture: URL? = nil, progress: (String, Int) -> Void = { _, _ in }) throws
+    -> EvaluationReport
+  {
     let set = try RewardSet(rewards)
     let shown = picture == nil ? [] : Self.shown(prompts)
     func evaluate(_ engine: Engine, _ name: String) throws -> Evaluation {
-      try Evaluation.run(engine, prompts, set, count: count, steps: steps, seed: seed, keep: Set(shown), progress: { progress(name, $0) })
+      try Evaluation.run(
+        engine, prompts, set, count: count, steps: steps, seed: seed, keep: Set(shown),
+        progress: { progress(name, $0) })
     }
     let engine = try Engine(tuned.configuration)
     var before: Evaluation?
@@ -175,7 +183,9 @@ public struct Comparison {
     }
   }
 
-  private static func draw(_ before: Evaluation, _ after: Evaluation, _ shown: [Int], names: [String], to file: URL) throws {
+  private static func draw(
+    _ before: Evaluation, _ after: Evaluation, _ shown: [Int], names: [String], to file: URL
+  ) throws {
     func cell(_ evaluation: Evaluation, _ i: Int) -> Grid.Cell {
       let scores = names.map { "\($0) " + String(format: "%.2f", evaluation.perPrompt[$0]![i]) }
       return Grid.Cell(evaluation.pictures[i], caption: scores.joined(separator: "  "))
@@ -183,7 +193,8 @@ public struct Comparison {
     let rows = shown.map { i in Grid.Row(before.prompts[i].text, cells: [cell(before, i), cell(after, i)]) }
     let scale = max(1, 128 / (before.pictures.values.first?.width ?? 128))
     try Grid(
-      title: "before and after, equal noise; scores are means of \(before.samplesPerPrompt) images", columns: ["base", "tuned"], rows: rows,
+      title: "before and after, equal noise; scores are means of \(before.samplesPerPrompt) images",
+      columns: ["base", "tuned"], rows: rows,
       scale: scale
     ).render().write(png: file)
   }

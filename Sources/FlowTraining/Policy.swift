@@ -13,7 +13,9 @@ public final class Policy {
   private let modules: ModuleRegistry
 
   /// Attaches what `trainable` asks for to `network`; initial values come from `seeds`.
-  public init(_ trainable: Configuration.Trainable, _ modules: ModuleRegistry, device: Device, seeds: RandomPlan) throws {
+  public init(
+    _ trainable: Configuration.Trainable, _ modules: ModuleRegistry, device: Device, seeds: RandomPlan
+  ) throws {
     self.modules = modules
     switch trainable.kind {
     case .lora:
@@ -49,7 +51,8 @@ public final class Policy {
       let weights = try parameters.mapValues { try $0.detach() }
       try AtomicFile.write(try Data(contentsOf: config), to: folder.appending(path: "config.json"))
       try Safetensors.write(
-        weights, metadata: ["format": "pt"], to: folder.appending(path: "diffusion_pytorch_model.safetensors"))
+        weights, metadata: ["format": "pt"], to: folder.appending(path: "diffusion_pytorch_model.safetensors")
+      )
     }
   }
 }

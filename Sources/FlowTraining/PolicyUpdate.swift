@@ -57,7 +57,8 @@ public struct PolicyUpdate {
 
   /// Creates an update rule.
   public init(
-    network: TimedNetwork, table: TransitionTable, guidance: Double?, microBatch: Int, ratio: RatioKind, clip: ClipRange
+    network: TimedNetwork, table: TransitionTable, guidance: Double?, microBatch: Int, ratio: RatioKind,
+    clip: ClipRange
   ) {
     self.network = network
     self.table = table
@@ -83,15 +84,20 @@ public struct PolicyUpdate {
     let active = samples.filter { $0.advantage != 0 }
     let onePass = active.allSatisfy { $0.stepCount <= microBatch }
     for group in onePass ? packed(active) : active.map({ [$0] }) {
-      let entries = group.flatMap { sample in sample.chunks.flatMap { $0.steps.map { Entry(row: sample.row, step: $0) } } }
+      let entries = group.flatMap { sample in
+        sample.chunks.flatMap { $0.steps.map { Entry(row: sample.row, step: $0) } }
+      }
       if onePass {
         let residuals = try self.residuals(entries, trajectories, conditions)
-        let weights = try weights(group, entries, try residuals.doubles(), trajectories, samples.count, first, &report)
+        let weights = try weights(
+          group, entries, try residuals.doubles(), trajectories, samples.count, first, &report)
         try network.backward(residuals, try gradient(weights, like: residuals))
       } else {
         var values: [Double] = []
         for range in Batches(entries.count, of: microBatch) {
-          values += try withoutGrad { try residuals(Array(entries[range]), trajectories, conditions).doubles() }
+          values += try withoutGrad {
+            try residuals(Array(entries[range]), trajectories, conditions).doubles()
+          }
         }
         let weights = try weights(group, entries, values, trajectories, samples.count, first, &report)
         for range in Batches(entries.count, of: microBatch) {
@@ -152,7 +158,8 @@ public struct PolicyUpdate {
 
   /// Coefficients of −objective with respect to each entry's mean squared residual.
   private func weights(
-    _ samples: [UpdateSample], _ entries: [Entry], _ residuals: [Double], _ trajectories: Trajectories, _ total: Int,
+    _ samples: [UpdateSample], _ entries: [Entry], _ residuals: [Double], _ trajectories: Trajectories,
+    _ total: Int,
     _ first: Bool, _ report: inout UpdateReport
   ) throws -> [Double] {
     var next = 0

@@ -34,7 +34,8 @@ public struct RunFolder: Sendable {
   public func requireNew() throws {
     if let present = try? FileManager.default.contentsOfDirectory(atPath: url.path), !present.isEmpty {
       throw RunError(
-        "output: \(url.path) is not empty: continue that run with train --resume \(url.path), or choose another --set output=…")
+        "output: \(url.path) is not empty: continue that run with train --resume \(url.path), or choose another --set output=…"
+      )
     }
   }
 
@@ -48,14 +49,16 @@ public struct RunFolder: Sendable {
       }
       try AtomicFile.write(Data(configuration.yaml().utf8), to: configFile)
     } catch {
-      throw RunError("output: \(url.path) cannot be written (\(Self.reason(error))): choose another --set output=…")
+      throw RunError(
+        "output: \(url.path) cannot be written (\(Self.reason(error))): choose another --set output=…")
     }
   }
 
   /// Checks that the folder is a run.
   public func requireRun() throws {
     guard FileManager.default.fileExists(atPath: configFile.path) else {
-      throw RunError("--resume: \(url.path) is no run folder (it has no config.yaml); start one with train CONFIG.yaml")
+      throw RunError(
+        "--resume: \(url.path) is no run folder (it has no config.yaml); start one with train CONFIG.yaml")
     }
   }
 
@@ -156,7 +159,8 @@ public struct RunFolder: Sendable {
       let state = try? JSONDecoder().decode(State.self, from: data)
     else { throw RunError("\(folder.path): state.json is missing or damaged") }
     guard state.format == 1 else {
-      throw RunError("\(folder.path): checkpoint format \(state.format), this version reads 1: use a newer version")
+      throw RunError(
+        "\(folder.path): checkpoint format \(state.format), this version reads 1: use a newer version")
     }
     for (name, expected) in state.files.sorted(by: { $0.key < $1.key }) {
       guard let found = try? describe(folder.appending(path: name)), found == expected else {

@@ -60,7 +60,8 @@ public final class Trainer {
     window = c.sampling.trainableSteps
     let schedule = try engine.trainingSchedule(c.sampling)
     table = try TransitionTable(
-      schedule: schedule, kind: StepKind(rawValue: c.sampling.step.rawValue)!, eta: c.sampling.eta, stochastic: window,
+      schedule: schedule, kind: StepKind(rawValue: c.sampling.step.rawValue)!, eta: c.sampling.eta,
+      stochastic: window,
       truncatedTimes: c.sampling.time == .truncated)
     strategy = try ChunkStrategy(c.chunk.plan)
     draw = try ChunkDraw(c.chunk.draw)
@@ -93,7 +94,10 @@ public final class Trainer {
       ("network dtype, device", "\(engine.pipeline.transformer.dtype), \(engine.device)"),
       ("latent tokens per image", "\(engine.latentShape[0]) × \(engine.latentShape[1])"),
       ("chunks over steps \(window.lowerBound)…\(window.upperBound - 1)", plan),
-      ("forward passes per iteration", "\(c.samplesPerIteration * c.sampling.steps) in rollouts, about \(Int(trained.rounded())) in updates"),
+      (
+        "forward passes per iteration",
+        "\(c.samplesPerIteration * c.sampling.steps) in rollouts, about \(Int(trained.rounded())) in updates"
+      ),
       ("optimizer steps", "\(c.run.iterations * c.optim.updatesPerIteration)"),
     ]
   }
@@ -101,7 +105,8 @@ public final class Trainer {
   private func averageTrainedSteps() throws -> Double {
     let plan = try strategy.plan(steps: window.count)
     let inclusion = try draw.inclusionProbabilities(of: plan, fraction: configuration.chunk.fraction)
-    return zip(plan.sizes, inclusion).reduce(0) { $0 + Double($1.0) * $1.1 } * Double(configuration.samplesPerIteration)
+    return zip(plan.sizes, inclusion).reduce(0) { $0 + Double($1.0) * $1.1 }
+      * Double(configuration.samplesPerIteration)
   }
 
   // MARK: the run
@@ -145,7 +150,8 @@ public final class Trainer {
 
     let trajectories = try clock.time("rollout") { try rollout(batch, conditions) }
     let images = try clock.time("decode") {
-      let last = configuration.sampling.decode == .x0 ? trajectories.clean : try trajectories.states[table.steps.count]
+      let last =
+        configuration.sampling.decode == .x0 ? trajectories.clean : try trajectories.states[table.steps.count]
       return try engine.decode(last)
     }
     let scored = try clock.time("reward") {
@@ -198,12 +204,14 @@ public final class Trainer {
       switch configuration.sampling.sharedNoise {
       case .group: random.stream(.initialNoise, iteration: iteration, prompt: sample.prompt.text)
       case .batch: random.stream(.initialNoise, iteration: iteration)
-      case .none: random.stream(.initialNoise, iteration: iteration, prompt: sample.prompt.text, sample: sample.number)
+      case .none:
+        random.stream(.initialNoise, iteration: iteration, prompt: sample.prompt.text, sample: sample.number)
       }
     }
     var sampler = engine.rollout(table)
     sampler.beforeStep = Interruption.check
-    return try sampler.sample(engine.network, initial: try engine.noise(streams), conditions: conditions) { s, i, out in
+    return try sampler.sample(engine.network, initial: try engine.noise(streams), conditions: conditions) {
+      s, i, out in
       var stream = random.stream(
         .stepNoise, iteration: iteration, prompt: batch[s].prompt.text, sample: batch[s].number, step: i)
       stream.fillNormal(out)
@@ -215,7 +223,9 @@ public final class Trainer {
     let (c, size) = (configuration, configuration.group.size)
     let total = c.samplesPerIteration
     let masked = (0..<total).map { s in scores.contains { $0[s] == nil || !$0[s]!.isFinite } }
-    guard masked.contains(false) else { throw RunError("iteration \(iteration + 1): no sample has a valid reward") }
+    guard masked.contains(false) else {
+      throw RunError("iteration \(iteration + 1): no sample has a valid reward")
+    }
     let groups = stride(from: 0, to: total, by: size).map { $0..<($0 + size) }
     let aggregate = RewardAggregate(rawValue: c.aggregate.rawValue)!
     let weights = c.rewards.map(\.weight)
@@ -224,7 +234,8 @@ public final class Trainer {
         rewards: scores.map { $0[group].map { $0 ?? 0 } }, weights: weights, masked: Array(masked[group]))
     }
     let advantages = try Advantages.groups(
-      rewards: combined, masked: groups.map { Array(masked[$0]) }, std: AdvantageStd(rawValue: c.loss.advantageStd.rawValue)!,
+      rewards: combined, masked: groups.map { Array(masked[$0]) },
+      std: AdvantageStd(rawValue: c.loss.advantageStd.rawValue)!,
       clamp: c.loss.advantageClip)
     // Means over valid samples; reward_mean is the weighted sum whatever the aggregation, so that curves compare.
     let valid = (0..<total).filter { !masked[$0] }
@@ -255,7 +266,8 @@ public final class Trainer {
       let chunks = drawn.map { j in
         let range = plan.ranges[j]
         return (
-          steps: (range.lowerBound + window.lowerBound)..<(range.upperBound + window.lowerBound), weight: weights[j]
+          steps: (range.lowerBound + window.lowerBound)..<(range.upperBound + window.lowerBound),
+          weight: weights[j]
         )
       }
       return UpdateSample(row: r, advantage: advantages[r], chunks: chunks)
@@ -264,7 +276,8 @@ public final class Trainer {
 
   /// The updates of one iteration.
   private func update(
-    _ samples: [UpdateSample], _ trajectories: Trajectories, _ conditions: [Condition], _ row: inout MetricsRow
+    _ samples: [UpdateSample], _ trajectories: Trajectories, _ conditions: [Condition],
+    _ row: inout MetricsRow
   ) throws {
     let c = configuration
     var rule = engine.update(
@@ -289,7 +302,8 @@ public final class Trainer {
       let norm = try optimizer.clipGradients(maxNorm: c.optim.maxGradNorm)
       guard norm.isFinite else {
         throw RunError(
-          "iteration \(iteration + 1), update \(u + 1): the gradient's norm is \(norm); lower optim.lr and resume from the last checkpoint")
+          "iteration \(iteration + 1), update \(u + 1): the gradient's norm is \(norm); lower optim.lr and resume from the last checkpoint"
+        )
       }
       try optimizer.step()
       update += 1
@@ -329,9 +343,12 @@ public final class Trainer {
     if due(run.samplesEvery), !fixedPrompts.isEmpty { try draw(name: row.iteration) }
     if due(run.evaluateEvery), !evaluationPrompts.isEmpty {
       let evaluation = try Evaluation.run(
-        engine, evaluationPrompts, rewards, count: 2, steps: configuration.sampling.steps, seed: configuration.seed,
+        engine, evaluationPrompts, rewards, count: 2, steps: configuration.sampling.steps,
+        seed: configuration.seed,
         check: Interruption.check)
-      for (name, values) in evaluation.perPrompt { row.values["eval/\(name)"] = values.reduce(0, +) / Double(values.count) }
+      for (name, values) in evaluation.perPrompt {
+        row.values["eval/\(name)"] = values.reduce(0, +) / Double(values.count)
+      }
       record(evaluation.guards, "eval/guards/", &row)
     }
   }
@@ -374,7 +391,9 @@ public final class Trainer {
   private func save() throws {
     let model = URL(filePath: configuration.model).appending(path: "transformer/config.json")
     try folder.save(iteration: iteration, update: update, keep: configuration.run.keep) { target in
-      try Safetensors.write(try snapshot(), metadata: ["iteration": String(iteration)], to: target.appending(path: "training.safetensors"))
+      try Safetensors.write(
+        try snapshot(), metadata: ["iteration": String(iteration)],
+        to: target.appending(path: "training.safetensors"))
       try policy.export(to: target, config: model)
       try AtomicFile.write(Data(configuration.yaml().utf8), to: target.appending(path: "config.yaml"))
     }

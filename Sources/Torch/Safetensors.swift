@@ -91,7 +91,8 @@ public struct SafetensorsFile: Sendable {
   /// Entry `name`; its absence is an error naming the file.
   public func require(_ name: String) throws -> Tensor {
     guard let tensor = try tensor(name) else {
-      throw SafetensorsError(path: path, reason: "no tensor \(name); it holds \(names.prefix(8).joined(separator: ", "))…")
+      throw SafetensorsError(
+        path: path, reason: "no tensor \(name); it holds \(names.prefix(8).joined(separator: ", "))…")
     }
     return tensor
   }
@@ -109,7 +110,9 @@ public struct SafetensorsFile: Sendable {
     let base: UnsafeMutableRawPointer
     let count: Int
     init(_ url: URL) throws(SafetensorsError) {
-      func bad() -> SafetensorsError { SafetensorsError(path: url.path, reason: String(cString: strerror(errno))) }
+      func bad() -> SafetensorsError {
+        SafetensorsError(path: url.path, reason: String(cString: strerror(errno)))
+      }
       let descriptor = open(url.path, O_RDONLY)
       guard descriptor >= 0 else { throw bad() }
       defer { close(descriptor) }
@@ -142,10 +145,13 @@ public enum Safetensors {
     var offset = 0
     for (name, tensor) in order {
       let end = offset + tensor.count * tensor.dtype.size
-      header[name] = ["dtype": tensor.dtype.safetensorsName, "shape": tensor.shape, "data_offsets": [offset, end]]
+      header[name] = [
+        "dtype": tensor.dtype.safetensorsName, "shape": tensor.shape, "data_offsets": [offset, end],
+      ]
       offset = end
     }
-    var json = try JSONSerialization.data(withJSONObject: header, options: [.sortedKeys, .withoutEscapingSlashes])
+    var json = try JSONSerialization.data(
+      withJSONObject: header, options: [.sortedKeys, .withoutEscapingSlashes])
     json.append(Data(repeating: 0x20, count: (8 - json.count % 8) % 8))
     try AtomicFile.write(to: url) { file in
       try file.append(withUnsafeBytes(of: UInt64(json.count).littleEndian) { [UInt8]($0) })
@@ -164,13 +170,17 @@ public enum AtomicFile {
     fileprivate init(path: String) throws {
       self.path = path
       descriptor = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0o644)
-      guard descriptor >= 0 else { throw SafetensorsError(path: path, reason: String(cString: strerror(errno))) }
+      guard descriptor >= 0 else {
+        throw SafetensorsError(path: path, reason: String(cString: strerror(errno)))
+      }
     }
     /// Appends `bytes`.
     public func append(_ bytes: [UInt8]) throws {
       var done = 0
       while done < bytes.count {
-        let n = bytes.withUnsafeBytes { Foundation.write(descriptor, $0.baseAddress! + done, bytes.count - done) }
+        let n = bytes.withUnsafeBytes {
+          Foundation.write(descriptor, $0.baseAddress! + done, bytes.count - done)
+        }
         guard n > 0 || errno == EINTR else {
           throw SafetensorsError(path: path, reason: String(cString: strerror(errno)))
         }
@@ -178,7 +188,9 @@ public enum AtomicFile {
       }
     }
     fileprivate func finish() throws {
-      guard fsync(descriptor) == 0 else { throw SafetensorsError(path: path, reason: String(cString: strerror(errno))) }
+      guard fsync(descriptor) == 0 else {
+        throw SafetensorsError(path: path, reason: String(cString: strerror(errno)))
+      }
     }
     deinit { close(descriptor) }
   }

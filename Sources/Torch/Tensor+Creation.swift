@@ -8,7 +8,9 @@ extension Tensor {
     }
     var out: ctorch_tensor?
     let status = values.withUnsafeBytes { bytes in
-      withInts(shape) { ctorch_from_data(&out, bytes.baseAddress ?? UnsafeRawPointer(bitPattern: 8), S.dtype.rawValue, $0, $1) }
+      withInts(shape) {
+        ctorch_from_data(&out, bytes.baseAddress ?? UnsafeRawPointer(bitPattern: 8), S.dtype.rawValue, $0, $1)
+      }
     }
     guard status == 0, let out else { throw failure("Tensor", []) }
     self.init(owning: out)

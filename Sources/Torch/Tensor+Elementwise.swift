@@ -12,15 +12,21 @@ extension Tensor {
   /// Elementwise `sqrt`.
   public func sqrt() throws(TorchError) -> Tensor { try produce("sqrt", [self]) { ctorch_sqrt($0, handle) } }
   /// `1/√x`.
-  public func rsqrt() throws(TorchError) -> Tensor { try produce("rsqrt", [self]) { ctorch_rsqrt($0, handle) } }
+  public func rsqrt() throws(TorchError) -> Tensor {
+    try produce("rsqrt", [self]) { ctorch_rsqrt($0, handle) }
+  }
   /// `x²`.
-  public func square() throws(TorchError) -> Tensor { try produce("square", [self]) { ctorch_square($0, handle) } }
+  public func square() throws(TorchError) -> Tensor {
+    try produce("square", [self]) { ctorch_square($0, handle) }
+  }
   /// Elementwise `sin`.
   public func sin() throws(TorchError) -> Tensor { try produce("sin", [self]) { ctorch_sin($0, handle) } }
   /// Elementwise `cos`.
   public func cos() throws(TorchError) -> Tensor { try produce("cos", [self]) { ctorch_cos($0, handle) } }
   /// Elementwise `sigmoid`.
-  public func sigmoid() throws(TorchError) -> Tensor { try produce("sigmoid", [self]) { ctorch_sigmoid($0, handle) } }
+  public func sigmoid() throws(TorchError) -> Tensor {
+    try produce("sigmoid", [self]) { ctorch_sigmoid($0, handle) }
+  }
   /// `x · sigmoid(x)`.
   public func silu() throws(TorchError) -> Tensor { try produce("silu", [self]) { ctorch_silu($0, handle) } }
   /// Elementwise `tanh`.
@@ -28,27 +34,47 @@ extension Tensor {
   /// Minus each element.
   public func neg() throws(TorchError) -> Tensor { try produce("neg", [self]) { ctorch_neg($0, handle) } }
   /// `1/x`.
-  public func reciprocal() throws(TorchError) -> Tensor { try produce("reciprocal", [self]) { ctorch_reciprocal($0, handle) } }
+  public func reciprocal() throws(TorchError) -> Tensor {
+    try produce("reciprocal", [self]) { ctorch_reciprocal($0, handle) }
+  }
   /// Nearest integer, halves to even.
-  public func round() throws(TorchError) -> Tensor { try produce("round", [self]) { ctorch_round($0, handle) } }
+  public func round() throws(TorchError) -> Tensor {
+    try produce("round", [self]) { ctorch_round($0, handle) }
+  }
   /// Elementwise `floor`.
-  public func floor() throws(TorchError) -> Tensor { try produce("floor", [self]) { ctorch_floor($0, handle) } }
+  public func floor() throws(TorchError) -> Tensor {
+    try produce("floor", [self]) { ctorch_floor($0, handle) }
+  }
   /// Row-major in memory; the same storage if it is already.
-  public func contiguous() throws(TorchError) -> Tensor { try produce("contiguous", [self]) { ctorch_contiguous($0, handle) } }
+  public func contiguous() throws(TorchError) -> Tensor {
+    try produce("contiguous", [self]) { ctorch_contiguous($0, handle) }
+  }
   /// A copy.
-  public func clone() throws(TorchError) -> Tensor { try produce("clone", [self]) { ctorch_clone($0, handle) } }
+  public func clone() throws(TorchError) -> Tensor {
+    try produce("clone", [self]) { ctorch_clone($0, handle) }
+  }
   /// The same storage, cut from the gradient graph.
-  public func detach() throws(TorchError) -> Tensor { try produce("detach", [self]) { ctorch_detach($0, handle) } }
+  public func detach() throws(TorchError) -> Tensor {
+    try produce("detach", [self]) { ctorch_detach($0, handle) }
+  }
   /// Complex conjugate.
   public func conj() throws(TorchError) -> Tensor { try produce("conj", [self]) { ctorch_conj($0, handle) } }
   /// Whether each element is neither infinite nor NaN, as bool.
-  public func isFinite() throws(TorchError) -> Tensor { try produce("isFinite", [self]) { ctorch_isfinite($0, handle) } }
+  public func isFinite() throws(TorchError) -> Tensor {
+    try produce("isFinite", [self]) { ctorch_isfinite($0, handle) }
+  }
   /// Boolean negation.
-  public func logicalNot() throws(TorchError) -> Tensor { try produce("logicalNot", [self]) { ctorch_logical_not($0, handle) } }
+  public func logicalNot() throws(TorchError) -> Tensor {
+    try produce("logicalNot", [self]) { ctorch_logical_not($0, handle) }
+  }
   /// Real [..., 2] float32 seen as complex [...].
-  public func viewAsComplex() throws(TorchError) -> Tensor { try produce("viewAsComplex", [self]) { ctorch_view_as_complex($0, handle) } }
+  public func viewAsComplex() throws(TorchError) -> Tensor {
+    try produce("viewAsComplex", [self]) { ctorch_view_as_complex($0, handle) }
+  }
   /// Complex [...] seen as real [..., 2].
-  public func viewAsReal() throws(TorchError) -> Tensor { try produce("viewAsReal", [self]) { ctorch_view_as_real($0, handle) } }
+  public func viewAsReal() throws(TorchError) -> Tensor {
+    try produce("viewAsReal", [self]) { ctorch_view_as_real($0, handle) }
+  }
   /// The larger of two elements.
   public func maximum(_ other: Tensor) throws(TorchError) -> Tensor {
     try produce("maximum", [self, other]) { ctorch_maximum($0, handle, other.handle) }

@@ -6,7 +6,9 @@ extension Tensor {
     try produce("linear", [self, weight, bias]) { ctorch_linear($0, handle, weight.handle, bias?.handle) }
   }
   /// Layer normalisation of the last dimension.
-  public func layerNorm(_ weight: Tensor? = nil, _ bias: Tensor? = nil, eps: Double) throws(TorchError) -> Tensor {
+  public func layerNorm(_ weight: Tensor? = nil, _ bias: Tensor? = nil, eps: Double) throws(TorchError)
+    -> Tensor
+  {
     try produce("layerNorm", [self, weight, bias]) {
       ctorch_layer_norm($0, handle, weight?.handle, bias?.handle, eps)
     }

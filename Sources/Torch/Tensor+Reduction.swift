@@ -30,7 +30,9 @@ extension Tensor {
     try produce("argmax", [self]) { ctorch_argmax($0, handle, Int64(dim), keep) }
   }
   /// Smallest entry of `dim` and its index (int64).
-  public func minimum(along dim: Int, keep: Bool = false) throws(TorchError) -> (values: Tensor, indices: Tensor) {
+  public func minimum(along dim: Int, keep: Bool = false) throws(TorchError) -> (
+    values: Tensor, indices: Tensor
+  ) {
     var values: ctorch_tensor?
     let indices = try produce("minimum", [self]) { ctorch_min_dim(&values, $0, handle, Int64(dim), keep) }
     return (Tensor(owning: values!), indices)

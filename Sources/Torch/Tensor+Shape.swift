@@ -73,7 +73,9 @@ extension Tensor {
   }
   /// Each entry of `dim` repeated in place: a, a, b, b, …
   public func repeatInterleave(_ repeats: Int, _ dim: Int) throws(TorchError) -> Tensor {
-    try produce("repeatInterleave", [self]) { ctorch_repeat_interleave($0, handle, Int64(repeats), Int64(dim)) }
+    try produce("repeatInterleave", [self]) {
+      ctorch_repeat_interleave($0, handle, Int64(repeats), Int64(dim))
+    }
   }
   /// Constant padding, last dimension first: [left, right, top, bottom, …].
   public func pad(_ padding: [Int], value: Double = 0) throws(TorchError) -> Tensor {

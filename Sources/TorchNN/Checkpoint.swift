@@ -37,16 +37,20 @@ public final class Checkpoint {
         break
       }
       if FileManager.default.fileExists(atPath: index.path) {
-        struct Index: Decodable { let weight_map: [String: String] }
-        guard let map = try? JSONDecoder().decode(Index.self, from: Data(contentsOf: index)).weight_map else {
-          throw CheckpointError(path: index.path, problems: ["not a safetensors index: needs an object weight_map"])
+        struct Index: Decodable { let weightMap: [String: String] }
+        let decoder = JSONDecoder()
+        decoder.keyDecodingStrategy = .convertFromSnakeCase
+        guard let map = try? decoder.decode(Index.self, from: Data(contentsOf: index)).weightMap else {
+          throw CheckpointError(
+            path: index.path, problems: ["not a safetensors index: needs an object weight_map"])
         }
         let shards = Set(map.values).sorted()
         for shard in shards { files.append(try SafetensorsFile(folder.appending(path: shard))) }
         let number = Dictionary(uniqueKeysWithValues: shards.enumerated().map { ($1, $0) })
         for (key, shard) in map {
           guard files[number[shard]!].shape(key) != nil else {
-            throw CheckpointError(path: index.path, problems: ["the index places \(key) in \(shard), which does not hold it"])
+            throw CheckpointError(
+              path: index.path, problems: ["the index places \(key) in \(shard), which does not hold it"])
           }
           location[key] = number[shard]!
         }
@@ -58,7 +62,9 @@ public final class Checkpoint {
     }
     guard !files.isEmpty else {
       let tried = names.map { "\($0).safetensors" }.joined(separator: " or ")
-      throw CheckpointError(path: folder.path, problems: ["no weights: expected \(tried), or the same with .index.json and shards"])
+      throw CheckpointError(
+        path: folder.path,
+        problems: ["no weights: expected \(tried), or the same with .index.json and shards"])
     }
     self.files = files
     self.location = location

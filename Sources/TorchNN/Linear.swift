@@ -36,7 +36,9 @@ public final class Linear {
   private lazy var group = LinearGroup([self])
 
   /// Takes `weight` and, where `bias` says so, `bias` under `path`.
-  public init(_ inSize: Int, _ outSize: Int, bias: Bool = true, _ path: ParameterPath, _ registry: ModuleRegistry) throws {
+  public init(
+    _ inSize: Int, _ outSize: Int, bias: Bool = true, _ path: ParameterPath, _ registry: ModuleRegistry
+  ) throws {
     self.inSize = inSize
     self.outSize = outSize
     self.path = path.prefix

@@ -26,7 +26,9 @@ public struct RMSNorm {
     self.eps = eps
   }
   /// [..., size] → [..., size].
-  public func callAsFunction(_ x: Tensor) throws(TorchError) -> Tensor { try x.rmsNorm(try weight.value(), eps: eps) }
+  public func callAsFunction(_ x: Tensor) throws(TorchError) -> Tensor {
+    try x.rmsNorm(try weight.value(), eps: eps)
+  }
 }
 
 /// Group normalisation of [B, C, ...] with learnt gain and bias.
@@ -35,7 +37,9 @@ public struct GroupNorm {
   let groups: Int
   let eps: Double
   /// Takes `weight` and `bias` [channels] under `path`.
-  public init(_ groups: Int, _ channels: Int, eps: Double, _ path: ParameterPath, _ registry: ModuleRegistry) throws {
+  public init(_ groups: Int, _ channels: Int, eps: Double, _ path: ParameterPath, _ registry: ModuleRegistry)
+    throws
+  {
     weight = registry.add(try path.parameter("weight", channels))
     bias = registry.add(try path.parameter("bias", channels))
     self.groups = groups
@@ -53,7 +57,8 @@ public struct Conv2d {
   let stride, padding: Int
   /// Takes `weight` [out, in, kernel, kernel] and `bias` [out] under `path`.
   public init(
-    _ inChannels: Int, _ outChannels: Int, kernel: Int, stride: Int = 1, padding: Int = 0, _ path: ParameterPath,
+    _ inChannels: Int, _ outChannels: Int, kernel: Int, stride: Int = 1, padding: Int = 0,
+    _ path: ParameterPath,
     _ registry: ModuleRegistry
   ) throws {
     weight = registry.add(try path.parameter("weight", outChannels, inChannels, kernel, kernel))

@@ -29,7 +29,8 @@ struct Bench: ParsableCommand {
     (configuration.run.iterations, configuration.run.checkpointEvery) = (iterations + 1, iterations + 1)
     (configuration.run.samplesEvery, configuration.run.evaluateEvery) = (0, 0)
     try configuration.validate()
-    let folder = RunFolder(FileManager.default.temporaryDirectory.appending(path: "chunkgrpo-bench-\(getpid())"))
+    let folder = RunFolder(
+      FileManager.default.temporaryDirectory.appending(path: "chunkgrpo-bench-\(getpid())"))
     defer { try? FileManager.default.removeItem(at: folder.url) }
     let trainer = try Trainer(configuration, folder: folder)
     try folder.create(configuration)
@@ -46,21 +47,31 @@ struct Bench: ParsableCommand {
     rows.removeFirst()
     func median(_ values: [Double]) -> Double { values.sorted()[values.count / 2] }
     let parts = ["rollout", "decode", "reward", "update"]
-    var seconds = Dictionary(uniqueKeysWithValues: (parts + ["network"]).map { part in (part, median(rows.map { $0.seconds[part] ?? 0 })) })
+    var seconds = Dictionary(
+      uniqueKeysWithValues: (parts + ["network"]).map { part in
+        (part, median(rows.map { $0.seconds[part] ?? 0 }))
+      })
     let totals = rows.map { row in parts.reduce(0) { $0 + (row.seconds[$1] ?? 0) } }
     seconds["total"] = median(totals)
     let outside = median(zip(rows, totals).map { 1 - ($0.seconds["network"] ?? 0) / $1 })
     if json {
-      struct Result: Encodable { let seconds: [String: Double], outside_network: Double, images_per_s: Double, iterations: Int }
+      struct Result: Encodable {
+        let seconds: [String: Double], outsideNetwork: Double, imagesPerS: Double, iterations: Int
+      }
       print(
         try Terminal.json(
           Result(
-            seconds: seconds, outside_network: outside, images_per_s: median(rows.map { $0.values["images_per_s"] ?? 0 }),
+            seconds: seconds, outsideNetwork: outside,
+            imagesPerS: median(rows.map { $0.values["images_per_s"] ?? 0 }),
             iterations: iterations)))
     } else {
-      let table = (parts + ["total"]).map { [$0, Terminal.fixed(seconds[$0]!, 3), "\(Int((100 * seconds[$0]! / seconds["total"]!).rounded())) %"] }
+      let table = (parts + ["total"]).map {
+        [$0, Terminal.fixed(seconds[$0]!, 3), "\(Int((100 * seconds[$0]! / seconds["total"]!).rounded())) %"]
+      }
       print(Terminal.table([["part", "median s", "share"]] + table))
-      print("outside network forward and backward: \(Terminal.fixed(100 * outside, 1)) % (\(iterations) iterations of \(configuration.samplesPerIteration) images)")
+      print(
+        "outside network forward and backward: \(Terminal.fixed(100 * outside, 1)) % (\(iterations) iterations of \(configuration.samplesPerIteration) images)"
+      )
     }
   }
 }

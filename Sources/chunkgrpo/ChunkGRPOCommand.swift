@@ -7,7 +7,8 @@ import Foundation
 struct ChunkGRPOCommand: ParsableCommand {
   static let configuration = CommandConfiguration(
     commandName: "chunkgrpo",
-    abstract: "Post-trains flow-matching text-to-image models with Chunk-GRPO: sample by step, optimise by chunk.",
+    abstract:
+      "Post-trains flow-matching text-to-image models with Chunk-GRPO: sample by step, optimise by chunk.",
     discussion: "Start with `make demo`, or: chunkgrpo train Examples/demo.yaml --set output=runs/mine",
     version: "0.1.0",
     subcommands: [Train.self, Sample.self, Evaluate.self, Verify.self, Demo.self, Bench.self])
@@ -19,7 +20,7 @@ struct ChunkGRPOCommand: ParsableCommand {
     } catch let interrupted as Interrupted {
       Terminal.error("\(interrupted)")
       Foundation.exit(interrupted.exitCode)
-    } catch where isOwn(error) {
+    } catch  where isOwn(error) {
       Terminal.error("error: \(error)")
       Foundation.exit(1)
     } catch {

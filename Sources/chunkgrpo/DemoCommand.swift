@@ -35,7 +35,8 @@ struct Demo: ParsableCommand {
     let trainSeconds = try Self.call(training, &commands).seconds
     let picture = "\(run)/before-after.png"
     let evaluation = [
-      "evaluate", run, "--against", configuration.model, "--split", split, "--count", String(count), "--picture", picture,
+      "evaluate", run, "--against", configuration.model, "--split", split, "--count", String(count),
+      "--picture", picture,
       "--json",
     ]
     let (output, evaluateSeconds) = try Self.call(evaluation, &commands, capture: true)
@@ -43,14 +44,17 @@ struct Demo: ParsableCommand {
       throw RunError("evaluate printed no JSON object")
     }
     let summary = Self.summary(
-      report, seconds: ["setup": setupSeconds, "train": trainSeconds, "evaluate": evaluateSeconds], commands: commands,
+      report, seconds: ["setup": setupSeconds, "train": trainSeconds, "evaluate": evaluateSeconds],
+      commands: commands,
       picture: picture, seed: configuration.seed)
     let data = try JSONSerialization.data(
       withJSONObject: summary, options: [.sortedKeys, .prettyPrinted, .withoutEscapingSlashes])
     try data.write(to: URL(filePath: "\(run)/summary.json"), options: .atomic)
     if json { return print(String(decoding: data, as: UTF8.self)) }
     print("\n" + Self.text(report))
-    print("\nseconds: set-up and build \(Int(setupSeconds)), train \(Int(trainSeconds)), evaluate \(Int(evaluateSeconds))")
+    print(
+      "\nseconds: set-up and build \(Int(setupSeconds)), train \(Int(trainSeconds)), evaluate \(Int(evaluateSeconds))"
+    )
     print("picture: \(picture) (base and tuned, equal noise); progress in \(run)/samples")
     print("summary: \(run)/summary.json")
     print("commands:")
@@ -104,9 +108,13 @@ struct Demo: ParsableCommand {
       return ["base": base(part), "tuned": tuned, "paired": paired]
     }
     // The first reward of the configuration, as evaluate's own top level.
-    let first = rewards.first { ($0.value["tuned"] as? [String: Any])?["mean"] as? Double == report["mean"] as? Double }?.value ?? [:]
+    let first =
+      rewards.first {
+        ($0.value["tuned"] as? [String: Any])?["mean"] as? Double == report["mean"] as? Double
+      }?.value ?? [:]
     return [
-      "base": first["base"] ?? NSNull(), "tuned": first["tuned"] ?? NSNull(), "paired": first["paired"] ?? NSNull(),
+      "base": first["base"] ?? NSNull(), "tuned": first["tuned"] ?? NSNull(),
+      "paired": first["paired"] ?? NSNull(),
       "guards_base": report["guards_against"] ?? NSNull(), "guards_tuned": report["guards"] ?? NSNull(),
       "collapsed": report["collapsed"] ?? NSNull(), "n_prompts": report["n_prompts"] ?? NSNull(),
       "samples_per_prompt": report["samples_per_prompt"] ?? NSNull(),
@@ -124,22 +132,31 @@ struct Demo: ParsableCommand {
       guard let ci = value as? [Double], ci.count == 2 else { return "" }
       return "[\(Terminal.fixed(ci[0], 4)), \(Terminal.fixed(ci[1], 4))]"
     }
-    var rows = [["reward, category", "prompts", "base", "tuned", "95 % interval", "difference", "95 % interval", "p", ""]]
-    for (name, part) in (report["rewards"] as? [String: [String: Any]] ?? [:]).sorted(by: { $0.key < $1.key }) {
+    var rows = [
+      [
+        "reward, category", "prompts", "base", "tuned", "95 % interval", "difference", "95 % interval", "p",
+        "",
+      ]
+    ]
+    for (name, part) in (report["rewards"] as? [String: [String: Any]] ?? [:]).sorted(by: { $0.key < $1.key })
+    {
       let against = part["against"] as? [String: [String: Any]] ?? [:]
       let paired = part["paired"] as? [String: Any] ?? [:]
       let base = against["all"]?["mean"] as? Double ?? .nan
       let change = (paired["difference"] as? Double ?? .nan) / base * 100
       rows.append([
-        name, "\(report["n_prompts"] ?? "")", number(base), number(part["mean"]), interval(part["ci95"]),
+        name, "\(report["nPrompts"] ?? "")", number(base), number(part["mean"]), interval(part["ci95"]),
         number(paired["difference"], signed: true), interval(paired["ci95"]),
         (paired["p"] as? Double).map { String(format: "%.1e", $0) } ?? "", "\(Terminal.signed(change, 1)) %",
       ])
-      for (tag, value) in (part["per_category"] as? [String: [String: Any]] ?? [:]).sorted(by: { $0.key < $1.key }) {
+      for (tag, value) in (part["per_category"] as? [String: [String: Any]] ?? [:]).sorted(by: {
+        $0.key < $1.key
+      }) {
         let before = against[tag]?["mean"] as? Double ?? .nan
         let after = value["mean"] as? Double ?? .nan
         rows.append([
-          "  \(tag)", "\(value["n"] ?? "")", number(before), number(after), interval(value["ci95"]), number(after - before, signed: true),
+          "  \(tag)", "\(value["n"] ?? "")", number(before), number(after), interval(value["ci95"]),
+          number(after - before, signed: true),
         ])
       }
     }
@@ -148,7 +165,8 @@ struct Demo: ParsableCommand {
       return [name, number(g["blank"]), number(g["diversity"]), number(g["ink"]), number(g["vivid"])]
     }
     let table = [
-      ["guards", "blank", "diversity", "ink", "vivid"], guards("base", report["guards_against"]), guards("tuned", report["guards"]),
+      ["guards", "blank", "diversity", "ink", "vivid"], guards("base", report["guards_against"]),
+      guards("tuned", report["guards"]),
     ]
     let collapsed = report["collapsed"] as? [String] ?? []
     return Terminal.table(rows) + "\n\n" + Terminal.table(table) + "\n"

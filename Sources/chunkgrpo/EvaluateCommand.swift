@@ -25,7 +25,8 @@ struct Evaluate: ParsableCommand {
   var split = "test"
   @Option(
     parsing: .singleValue,
-    help: ArgumentHelp("A reward, e.g. scenes:graded; may be repeated (default: the run's).", valueName: "name[:score]"))
+    help: ArgumentHelp(
+      "A reward, e.g. scenes:graded; may be repeated (default: the run's).", valueName: "name[:score]"))
   var reward: [String] = []
   @Option(help: "Images of each prompt.")
   var count = 4
@@ -76,14 +77,16 @@ struct Evaluate: ParsableCommand {
       ["reward, category", "prompts"] + (compared ? ["base", "tuned"] : ["mean"]) + ["95 % interval"]
         + (compared ? ["difference", "95 % interval", "p"] : []))
     for (name, part) in report.rewards.sorted(by: { $0.key < $1.key }) {
-      var cells = [name, "\(report.n_prompts)"]
+      var cells = [name, "\(report.nPrompts)"]
       if let base = part.against?["all"] { cells.append(Terminal.fixed(base.mean, 4)) }
       cells += [Terminal.fixed(part.mean, 4), interval(part.ci95)]
       if let paired = part.paired {
-        cells += [Terminal.signed(paired.difference, 4), interval(paired.ci95), String(format: "%.1e", paired.p)]
+        cells += [
+          Terminal.signed(paired.difference, 4), interval(paired.ci95), String(format: "%.1e", paired.p),
+        ]
       }
       rows.append(cells)
-      for (tag, category) in part.per_category.sorted(by: { $0.key < $1.key }) {
+      for (tag, category) in part.perCategory.sorted(by: { $0.key < $1.key }) {
         var cells = ["  \(tag)", "\(category.n)"]
         if let base = part.against?[tag] { cells.append(Terminal.fixed(base.mean, 4)) }
         cells += [Terminal.fixed(category.mean, 4), interval(category.ci95)]
@@ -94,12 +97,15 @@ struct Evaluate: ParsableCommand {
     var text = Terminal.table(rows) + "\n"
     func guards(_ name: String, _ g: [Double]) -> [String] { [name] + g.map { Terminal.fixed($0, 4) } }
     var guardRows = [["guards", "blank", "diversity", "ink", "vivid"]]
-    if let g = report.guards_against { guardRows.append(guards("base", [g.blank, g.diversity, g.ink, g.vivid])) }
+    if let g = report.guardsAgainst {
+      guardRows.append(guards("base", [g.blank, g.diversity, g.ink, g.vivid]))
+    }
     let g = report.guards
     guardRows.append(guards(compared ? "tuned" : "model", [g.blank, g.diversity, g.ink, g.vivid]))
     text += "\n" + Terminal.table(guardRows)
     if let collapsed = report.collapsed {
-      text += "\n" + (collapsed.isEmpty ? "no guard collapsed" : "COLLAPSED: " + collapsed.joined(separator: "; "))
+      text +=
+        "\n" + (collapsed.isEmpty ? "no guard collapsed" : "COLLAPSED: " + collapsed.joined(separator: "; "))
     }
     return text
   }

@@ -35,7 +35,8 @@ struct Sample: ParsableCommand {
   var width: Int?
   @Option(help: "Guidance scale, for models that embed one.")
   var guidance: Double?
-  @Option(help: ArgumentHelp("Model folder, where MODEL is an adapter that does not say.", valueName: "folder"))
+  @Option(
+    help: ArgumentHelp("Model folder, where MODEL is an adapter that does not say.", valueName: "folder"))
   var base: String?
   @Option(name: .shortAndLong, help: ArgumentHelp("PNG to write.", valueName: "file"))
   var output: String
@@ -43,7 +44,9 @@ struct Sample: ParsableCommand {
   var json = false
 
   func validate() throws {
-    guard prompt.isEmpty != (prompts == nil) else { throw ValidationError("give --prompt TEXT or --prompts FILE") }
+    guard prompt.isEmpty != (prompts == nil) else {
+      throw ValidationError("give --prompt TEXT or --prompts FILE")
+    }
     guard count > 0 else { throw ValidationError("--count: must be at least 1, got \(count)") }
     guard steps ?? 1 > 0 else { throw ValidationError("--steps: must be at least 1, got \(steps!)") }
   }
@@ -52,7 +55,8 @@ struct Sample: ParsableCommand {
     var reference = try ModelReference(model, base: base)
     if let adapter { try reference.add(adapter: adapter) }
     try reference.resize(height: height, width: width, guidance: guidance)
-    let texts = try prompts.map { try PromptFile.load(file: URL(filePath: $0), split: "all").map(\.text) } ?? prompt
+    let texts =
+      try prompts.map { try PromptFile.load(file: URL(filePath: $0), split: "all").map(\.text) } ?? prompt
     let target = URL(filePath: output)
     guard FileManager.default.isWritableFile(atPath: target.deletingLastPathComponent().path) else {
       throw RunError("-o: \(target.deletingLastPathComponent().path) is not a folder that can be written")
@@ -76,7 +80,9 @@ struct Sample: ParsableCommand {
       struct Result: Encodable { let picture: String, images: Int, seconds: Double }
       print(try Terminal.json(Result(picture: target.path, images: pictures.count, seconds: seconds)))
     } else {
-      print("\(target.path): \(pictures.count) image\(pictures.count == 1 ? "" : "s") in \(Terminal.duration(seconds))")
+      print(
+        "\(target.path): \(pictures.count) image\(pictures.count == 1 ? "" : "s") in \(Terminal.duration(seconds))"
+      )
     }
   }
 }

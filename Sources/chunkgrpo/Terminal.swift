@@ -37,7 +37,9 @@ enum Terminal {
 
   /// Rows with columns aligned, numbers to the right.
   static func table(_ rows: [[String]]) -> String {
-    let widths = (0..<(rows.map(\.count).max() ?? 0)).map { c in rows.map { c < $0.count ? $0[c].count : 0 }.max() ?? 0 }
+    let widths = (0..<(rows.map(\.count).max() ?? 0)).map { c in
+      rows.map { c < $0.count ? $0[c].count : 0 }.max() ?? 0
+    }
     return rows.map { row in
       let cells = row.enumerated().map { c, text in
         let padding = String(repeating: " ", count: widths[c] - text.count)
@@ -49,6 +51,7 @@ enum Terminal {
 
   static func json(_ value: some Encodable) throws -> String {
     let encoder = JSONEncoder()
+    encoder.keyEncodingStrategy = .convertToSnakeCase
     encoder.outputFormatting = [.sortedKeys, .prettyPrinted, .withoutEscapingSlashes]
     return String(decoding: try encoder.encode(value), as: UTF8.self)
   }
@@ -85,11 +88,14 @@ final class TrainingProgress {
       .sorted { $0.key < $1.key }.map { "\($0.key) \(Terminal.fixed($0.value, 4))" }
     let rewards = row.values.filter { $0.key.hasPrefix("reward/") }.sorted { $0.key < $1.key }
       .map { "\($0.key.dropFirst(7)) \(Terminal.fixed($0.value, 4))" }
-    let text = ([
-      "iteration \(row.iteration)/\(total)", "reward \(Terminal.fixed(value("reward_mean"), 4)) (\(rewards.joined(separator: ", ")))",
-      "|ratio−1| \(String(format: "%.1e", value("ratio_dev")))", "grad \(String(format: "%.2e", value("grad_norm")))",
-      "\(Terminal.fixed(value("images_per_s"), 1)) images/s",
-    ] + evaluations + ["ETA \(Terminal.duration(left))"]).joined(separator: " · ")
+    let text =
+      ([
+        "iteration \(row.iteration)/\(total)",
+        "reward \(Terminal.fixed(value("rewardMean"), 4)) (\(rewards.joined(separator: ", ")))",
+        "|ratio−1| \(String(format: "%.1e", value("ratio_dev")))",
+        "grad \(String(format: "%.2e", value("grad_norm")))",
+        "\(Terminal.fixed(value("imagesPerS"), 1)) images/s",
+      ] + evaluations + ["ETA \(Terminal.duration(left))"]).joined(separator: " · ")
     guard Terminal.isInteractive else { return Terminal.line(text) }
     if !evaluations.isEmpty { Terminal.line(text) }
     let filled = 20 * row.iteration / max(total, 1)

@@ -4,7 +4,9 @@ import Foundation
 
 /// Options that change a configuration.
 struct ConfigurationOptions: ParsableArguments {
-  @Option(name: .customLong("set"), parsing: .singleValue, help: ArgumentHelp("Override a key; may be repeated.", valueName: "key=value"))
+  @Option(
+    name: .customLong("set"), parsing: .singleValue,
+    help: ArgumentHelp("Override a key; may be repeated.", valueName: "key=value"))
   var overrides: [String] = []
 }
 
@@ -22,7 +24,8 @@ struct Train: ParsableCommand {
   var config: String?
   @Option(help: ArgumentHelp("Continue this run from its newest whole checkpoint.", valueName: "run"))
   var resume: String?
-  @Flag(help: "Check configuration, files and model; print the resolved configuration and counts; train nothing.")
+  @Flag(
+    help: "Check configuration, files and model; print the resolved configuration and counts; train nothing.")
   var dryRun = false
   @Flag(help: "Print one JSON object on stdout.")
   var json = false
@@ -53,15 +56,17 @@ struct Train: ParsableCommand {
     let seconds = Date().timeIntervalSince(start)
     if json {
       struct Result: Encodable {
-        let run: String, adapter: String, iterations: Int, reward_mean: Double?, seconds: Double
+        let run: String, adapter: String, iterations: Int, rewardMean: Double?, seconds: Double
       }
       print(
         try Terminal.json(
           Result(
             run: folder.url.path, adapter: folder.adapter.path, iterations: configuration.run.iterations,
-            reward_mean: last?.values["reward_mean"], seconds: seconds)))
+            rewardMean: last?.values["reward_mean"], seconds: seconds)))
     } else {
-      print("\(folder.url.path): \(configuration.run.iterations) iterations done in \(Terminal.duration(seconds)); adapter in \(folder.adapter.path)")
+      print(
+        "\(folder.url.path): \(configuration.run.iterations) iterations done in \(Terminal.duration(seconds)); adapter in \(folder.adapter.path)"
+      )
     }
   }
 

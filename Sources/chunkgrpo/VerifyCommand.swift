@@ -20,7 +20,9 @@ struct Verify: ParsableCommand {
 
   func run() throws {
     guard let report = try Verifier.run(URL(filePath: folder)) else {
-      Terminal.error("error: \(folder): nothing to verify; expected io/*.safetensors (with io/*.json) or verifier.safetensors")
+      Terminal.error(
+        "error: \(folder): nothing to verify; expected io/*.safetensors (with io/*.json) or verifier.safetensors"
+      )
       throw ExitCode(2)
     }
     if json {
@@ -28,7 +30,8 @@ struct Verify: ParsableCommand {
     } else {
       let rows = report.rows.map { row in
         [
-          row.id, row.error.map { String(format: "%.1e", $0) } ?? "", row.tolerance.map { String(format: "%.0e", $0) } ?? "",
+          row.id, row.error.map { String(format: "%.1e", $0) } ?? "",
+          row.tolerance.map { String(format: "%.0e", $0) } ?? "",
           row.status.rawValue, row.status == .pass ? "" : row.note ?? "",
         ]
       }

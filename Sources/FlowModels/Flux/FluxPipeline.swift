@@ -27,7 +27,8 @@ public final class FluxPipeline {
   public init(_ url: URL, dtype: DType = .float32, device: Device = .cpu, textLength: Int? = nil) throws {
     folder = try ModelFolder(url)
     guard folder.pipeline == "FluxPipeline" else {
-      throw ModelError("\(url.path)/model_index.json: \(folder.pipeline) is not supported; expected FluxPipeline")
+      throw ModelError(
+        "\(url.path)/model_index.json: \(folder.pipeline) is not supported; expected FluxPipeline")
     }
     transformer = try FluxTransformer(folder: folder.part("transformer"))
     try transformer.place(dtype, device)
@@ -38,12 +39,14 @@ public final class FluxPipeline {
     scheduler = try folder.config(FlowMatchScheduler.self, "scheduler", "scheduler_config.json")
     if !scheduler.unsupportedOptions.isEmpty {
       throw ModelError(
-        "\(url.path)/scheduler/scheduler_config.json: \(scheduler.unsupportedOptions.joined(separator: ", ")) not supported")
+        "\(url.path)/scheduler/scheduler_config.json: \(scheduler.unsupportedOptions.joined(separator: ", ")) not supported"
+      )
     }
     clipTokenizer = try CLIPTokenizer(folder: folder.part("tokenizer"))
     t5Tokenizer = try T5Tokenizer(folder: folder.part("tokenizer_2"))
-    struct TokenizerConfig: Decodable { let model_max_length: Int? }
-    let stated = try? folder.config(TokenizerConfig.self, "tokenizer_2", "tokenizer_config.json").model_max_length
+    struct TokenizerConfig: Decodable { let modelMaxLength: Int? }
+    let stated = try? folder.config(TokenizerConfig.self, "tokenizer_2", "tokenizer_config.json")
+      .modelMaxLength
     self.t5Length = textLength ?? min(stated ?? 512, 512)
     try checkParts()
   }
@@ -53,9 +56,11 @@ public final class FluxPipeline {
     func agree(_ a: Int, _ b: Int, _ text: String) throws {
       guard a == b else { throw ModelError("\(folder.url.path): \(text): \(a) against \(b)") }
     }
-    try agree(clip.config.hidden_size, c.pooled_projection_dim, "CLIP's width and pooled_projection_dim differ")
-    try agree(t5.config.d_model, c.joint_attention_dim, "T5's width and joint_attention_dim differ")
-    try agree(4 * autoencoder.config.latent_channels, c.in_channels, "four latent channels and in_channels differ")
+    try agree(
+      clip.config.hiddenSize, c.pooledProjectionDim, "CLIP's width and pooled_projection_dim differ")
+    try agree(t5.config.dModel, c.jointAttentionDim, "T5's width and joint_attention_dim differ")
+    try agree(
+      4 * autoencoder.config.latentChannels, c.inChannels, "four latent channels and in_channels differ")
   }
 
   /// Pixels a packed token covers along each side: sizes must be multiples of it.
@@ -79,7 +84,8 @@ public final class FluxPipeline {
   public func tokens(_ prompt: String) -> Tokens {
     let clipLength = min(clip.maxLength, clipTokenizer.maximumLength)
     return Tokens(
-      clip: clipTokenizer.encode(prompt, length: clipLength), t5: t5Tokenizer.encode(prompt, length: t5Length))
+      clip: clipTokenizer.encode(prompt, length: clipLength), t5: t5Tokenizer.encode(prompt, length: t5Length)
+    )
   }
 
   /// T5 embedding [1, L, joint] and CLIP's pooled embedding [1, pooled] of one prompt.
@@ -141,12 +147,14 @@ public final class FluxFlowModel: FlowModel {
 
   /// See ``FlowModel/velocity(_:times:condition:guidance:)``; latents are packed tokens, the condition is
   /// T5 [B, L, joint] and pooled CLIP [B, pooled].
-  public func velocity(_ latents: Tensor, times: Tensor, condition: Condition, guidance: Double?) throws -> Tensor {
+  public func velocity(_ latents: Tensor, times: Tensor, condition: Condition, guidance: Double?) throws
+    -> Tensor
+  {
     // Divided by 1000 here and multiplied inside, in float32, as the reference pipeline does.
     let scale = try guidance.map { try Tensor.full([latents.size(0)], $0, device: latents.device) }
     return try transformer(
       latents, text: condition.tensors[0], pooled: condition.tensors[1], timestep: try times / 1000,
-      guidance: transformer.config.guidance_embeds ? scale : nil, grid: grid
+      guidance: transformer.config.guidanceEmbeds ? scale : nil, grid: grid
     ).to(.float32)
   }
 }

@@ -6,43 +6,45 @@ import TorchNN
 /// Sizes of a FLUX transformer, from `transformer/config.json`.
 public struct FluxTransformerConfig: Decodable, Sendable, Equatable {
   /// Channels of a packed latent token, in and out.
-  public var in_channels = 64
+  public var inChannels = 64
   /// Double-stream blocks.
-  public var num_layers = 19
+  public var numLayers = 19
   /// Single-stream blocks.
-  public var num_single_layers = 38
+  public var numSingleLayers = 38
   /// Width of one attention head.
-  public var attention_head_dim = 128
+  public var attentionHeadDim = 128
   /// Attention heads.
-  public var num_attention_heads = 24
+  public var numAttentionHeads = 24
   /// Width of the T5 embedding.
-  public var joint_attention_dim = 4096
+  public var jointAttentionDim = 4096
   /// Width of CLIP's pooled embedding.
-  public var pooled_projection_dim = 768
+  public var pooledProjectionDim = 768
   /// Whether a guidance scale is embedded (dev: yes, schnell: no).
-  public var guidance_embeds = false
+  public var guidanceEmbeds = false
   /// Rotary dimensions of the axes (text, row, column).
-  public var axes_dims_rope = [16, 56, 56]
+  public var axesDimsRope = [16, 56, 56]
 
-  var width: Int { attention_head_dim * num_attention_heads }
+  var width: Int { attentionHeadDim * numAttentionHeads }
 
   enum CodingKeys: String, CodingKey {
-    case in_channels, num_layers, num_single_layers, attention_head_dim, num_attention_heads
-    case joint_attention_dim, pooled_projection_dim, guidance_embeds, axes_dims_rope
+    case inChannels, numLayers, numSingleLayers, attentionHeadDim, numAttentionHeads
+    case jointAttentionDim, pooledProjectionDim, guidanceEmbeds, axesDimsRope
   }
 
   public init(from decoder: any Decoder) throws {
     let c = try decoder.container(keyedBy: CodingKeys.self)
-    func int(_ key: CodingKeys, _ value: Int) throws -> Int { try c.decodeIfPresent(Int.self, forKey: key) ?? value }
-    in_channels = try int(.in_channels, 64)
-    num_layers = try int(.num_layers, 19)
-    num_single_layers = try int(.num_single_layers, 38)
-    attention_head_dim = try int(.attention_head_dim, 128)
-    num_attention_heads = try int(.num_attention_heads, 24)
-    joint_attention_dim = try int(.joint_attention_dim, 4096)
-    pooled_projection_dim = try int(.pooled_projection_dim, 768)
-    guidance_embeds = try c.decodeIfPresent(Bool.self, forKey: .guidance_embeds) ?? false
-    axes_dims_rope = try c.decodeIfPresent([Int].self, forKey: .axes_dims_rope) ?? [16, 56, 56]
+    func int(_ key: CodingKeys, _ value: Int) throws -> Int {
+      try c.decodeIfPresent(Int.self, forKey: key) ?? value
+    }
+    inChannels = try int(.inChannels, 64)
+    numLayers = try int(.numLayers, 19)
+    numSingleLayers = try int(.numSingleLayers, 38)
+    attentionHeadDim = try int(.attentionHeadDim, 128)
+    numAttentionHeads = try int(.numAttentionHeads, 24)
+    jointAttentionDim = try int(.jointAttentionDim, 4096)
+    pooledProjectionDim = try int(.pooledProjectionDim, 768)
+    guidanceEmbeds = try c.decodeIfPresent(Bool.self, forKey: .guidanceEmbeds) ?? false
+    axesDimsRope = try c.decodeIfPresent([Int].self, forKey: .axesDimsRope) ?? [16, 56, 56]
   }
 }
 
@@ -82,30 +84,35 @@ public final class FluxTransformer {
   /// Builds the network and takes every parameter of `folder`; any key that does not fit is an error.
   public init(folder: URL) throws {
     config = try ModelFolder.decode(FluxTransformerConfig.self, folder.appending(path: "config.json"))
-    guard config.axes_dims_rope.reduce(0, +) == config.attention_head_dim, config.axes_dims_rope.count == 3,
-      config.axes_dims_rope.allSatisfy({ $0 % 2 == 0 })
+    guard config.axesDimsRope.reduce(0, +) == config.attentionHeadDim, config.axesDimsRope.count == 3,
+      config.axesDimsRope.allSatisfy({ $0 % 2 == 0 })
     else {
       throw ModelError(
-        "\(folder.path)/config.json: axes_dims_rope \(config.axes_dims_rope) must be three even sizes with sum attention_head_dim \(config.attention_head_dim)"
+        "\(folder.path)/config.json: axes_dims_rope \(config.axesDimsRope) must be three even sizes with sum attention_head_dim \(config.attention_head_dim)"
       )
     }
     let checkpoint = try Checkpoint(folder: folder)
     let (p, r, d) = (checkpoint.root, modules, config.width)
-    xEmbedder = try Linear(config.in_channels, d, p / "x_embedder", r)
-    contextEmbedder = try Linear(config.joint_attention_dim, d, p / "context_embedder", r)
+    xEmbedder = try Linear(config.inChannels, d, p / "x_embedder", r)
+    contextEmbedder = try Linear(config.jointAttentionDim, d, p / "context_embedder", r)
     let t = p / "time_text_embed"
     timeEmbedder = try MLPEmbedder(256, d, t / "timestep_embedder", r)
-    guidanceEmbedder = config.guidance_embeds ? try MLPEmbedder(256, d, t / "guidance_embedder", r) : nil
-    textEmbedder = try MLPEmbedder(config.pooled_projection_dim, d, t / "text_embedder", r)
-    let shape = BlockShape(heads: config.num_attention_heads, headSize: config.attention_head_dim)
-    doubleBlocks = try (0..<config.num_layers).map { try DoubleBlock(shape, p / "transformer_blocks" / $0, r) }
-    singleBlocks = try (0..<config.num_single_layers).map {
+    guidanceEmbedder = config.guidanceEmbeds ? try MLPEmbedder(256, d, t / "guidance_embedder", r) : nil
+    textEmbedder = try MLPEmbedder(config.pooledProjectionDim, d, t / "text_embedder", r)
+    let shape = BlockShape(heads: config.numAttentionHeads, headSize: config.attentionHeadDim)
+    doubleBlocks = try (0..<config.numLayers).map {
+      try DoubleBlock(shape, p / "transformer_blocks" / $0, r)
+    }
+    singleBlocks = try (0..<config.numSingleLayers).map {
       try SingleBlock(shape, p / "single_transformer_blocks" / $0, r)
     }
     let normOut = try Linear(d, 2 * d, p / "norm_out" / "linear", r)
-    projOut = try Linear(d, config.in_channels, p / "proj_out", r)
+    projOut = try Linear(d, config.inChannels, p / "proj_out", r)
     try checkpoint.finish()
-    let layers = doubleBlocks.flatMap { [$0.modulation, $0.contextModulation] } + singleBlocks.map(\.modulation) + [normOut]
+    let layers =
+      doubleBlocks.flatMap { [$0.modulation, $0.contextModulation] } + singleBlocks.map(\.modulation) + [
+        normOut
+      ]
     modulations = r.group(layers)
     modulationSizes = layers.map(\.outSize)
   }
@@ -129,15 +136,17 @@ public final class FluxTransformer {
   ///   - grid: rows and columns of the image tokens.
   /// - Returns: velocity [B, rows·columns, in_channels] in the network's dtype.
   public func callAsFunction(
-    _ latents: Tensor, text: Tensor, pooled: Tensor, timestep: Tensor, guidance: Tensor?, grid: (rows: Int, columns: Int)
+    _ latents: Tensor, text: Tensor, pooled: Tensor, timestep: Tensor, guidance: Tensor?,
+    grid: (rows: Int, columns: Int)
   ) throws -> Tensor {
     let batch = latents.size(0)
     guard latents.size(1) == grid.rows * grid.columns else {
-      throw ModelError("latents of \(latents.size(1)) tokens do not fill a grid of \(grid.rows) × \(grid.columns)")
-    }
-    guard (guidance != nil) == config.guidance_embeds else {
       throw ModelError(
-        config.guidance_embeds
+        "latents of \(latents.size(1)) tokens do not fill a grid of \(grid.rows) × \(grid.columns)")
+    }
+    guard (guidance != nil) == config.guidanceEmbeds else {
+      throw ModelError(
+        config.guidanceEmbeds
           ? "this model embeds a guidance scale: set sampling.guidance, e.g. 3.5"
           : "this model embeds no guidance scale: leave guidance out")
     }
@@ -189,9 +198,9 @@ public final class FluxTransformer {
   private func rotation(_ key: RotationKey) throws -> Tensor {
     if let table = rotations[key] { return table }
     var values: [Float] = []
-    values.reserveCapacity((key.textTokens + key.rows * key.columns) * config.attention_head_dim)
+    values.reserveCapacity((key.textTokens + key.rows * key.columns) * config.attentionHeadDim)
     func append(_ position: [Int]) {
-      for (axis, size) in config.axes_dims_rope.enumerated() {
+      for (axis, size) in config.axesDimsRope.enumerated() {
         for i in stride(from: 0, to: size, by: 2) {
           let angle = Double(position[axis]) / Foundation.pow(10000, Double(i) / Double(size))
           values += [Float(Foundation.cos(angle)), Float(Foundation.sin(angle))]
@@ -200,7 +209,7 @@ public final class FluxTransformer {
     }
     for _ in 0..<key.textTokens { append([0, 0, 0]) }
     for row in 0..<key.rows { for column in 0..<key.columns { append([0, row, column]) } }
-    let shape = [key.textTokens + key.rows * key.columns, 1, 1, config.attention_head_dim / 2, 2]
+    let shape = [key.textTokens + key.rows * key.columns, 1, 1, config.attentionHeadDim / 2, 2]
     let table = try Tensor(values, shape: shape).viewAsComplex().to(device)
     rotations[key] = table
     return table
@@ -261,7 +270,9 @@ private struct FeedForward {
     proj = try Linear(size, 4 * size, p / "net" / 0 / "proj", r)
     out = try Linear(4 * size, size, p / "net" / 2, r)
   }
-  func callAsFunction(_ x: Tensor) throws(TorchError) -> Tensor { try out(proj(x).gelu(tanhApproximation: true)) }
+  func callAsFunction(_ x: Tensor) throws(TorchError) -> Tensor {
+    try out(proj(x).gelu(tanhApproximation: true))
+  }
 }
 
 /// Image and text streams with joint attention; text tokens come first.
@@ -278,7 +289,9 @@ private struct DoubleBlock {
   init(_ shape: BlockShape, _ p: ParameterPath, _ r: ModuleRegistry) throws {
     self.shape = shape
     let (d, a) = (shape.width, p / "attn")
-    func joined(_ names: [String]) throws -> LinearGroup { r.group(try names.map { try Linear(d, d, a / $0, r) }) }
+    func joined(_ names: [String]) throws -> LinearGroup {
+      r.group(try names.map { try Linear(d, d, a / $0, r) })
+    }
     modulation = try Linear(d, 6 * d, p / "norm1" / "linear", r)
     contextModulation = try Linear(d, 6 * d, p / "norm1_context" / "linear", r)
     qkv = try joined(["to_q", "to_k", "to_v"])
@@ -303,7 +316,8 @@ private struct DoubleBlock {
     }
     let image = try heads(try qkv(try modulated(x, shift: m[0], scale: m[1])))
     let text = try heads(try contextQKV(try modulated(y, shift: c[0], scale: c[1])))
-    let qk = try Tensor.cat([try contextNorm(try text.narrow(2, 0, 2)), try norm(try image.narrow(2, 0, 2))], 1)
+    let qk = try Tensor.cat(
+      [try contextNorm(try text.narrow(2, 0, 2)), try norm(try image.narrow(2, 0, 2))], 1)
     let values = try Tensor.cat([try text.select(2, 2), try image.select(2, 2)], 1)
     let mixed = try attend(qk, values, rotation, kernel)
     let parts = try mixed.split([y.size(1), x.size(1)], 1)

@@ -14,7 +14,8 @@ extension Verifier {
       let steps = parts.count > 2 ? Int(parts[1].dropFirst()) ?? 0 : 0
       let schedule: NoiseSchedule
       switch parts[0] {
-      case "flux": schedule = try flux.fluxSchedule(steps: steps, imageTokens: Int(parts[2].dropFirst(3)) ?? 0)
+      case "flux":
+        schedule = try flux.fluxSchedule(steps: steps, imageTokens: Int(parts[2].dropFirst(3)) ?? 0)
       case "schnell":
         plain.shift = 1
         schedule = try plain.fluxSchedule(steps: steps, imageTokens: 256)
@@ -23,12 +24,16 @@ extension Verifier {
         schedule = try plain.sd3Schedule(steps: steps)
       case "qwen":
         var qwen = FlowMatchScheduler()
-        (qwen.useDynamicShifting, qwen.maxShift, qwen.maxImageSeqLen, qwen.shiftTerminal) = (true, 0.9, 8192, 0.02)
+        (qwen.useDynamicShifting, qwen.maxShift, qwen.maxImageSeqLen, qwen.shiftTerminal) = (
+          true, 0.9, 8192, 0.02
+        )
         schedule = try qwen.fluxSchedule(steps: steps, imageTokens: Int(parts[2].dropFirst(3)) ?? 0)
       default: continue
       }
       let times = schedule.networkTimes(truncated: false)
-      record("scheduler \(name)", error: try Self.relative(schedule.sigmas, try data.require(name)), tolerance: 1e-6)
+      record(
+        "scheduler \(name)", error: try Self.relative(schedule.sigmas, try data.require(name)),
+        tolerance: 1e-6)
       let timesName = name.replacingOccurrences(of: ".sigmas", with: ".timesteps")
       if data.shape(timesName) != nil {
         let error = try Self.relative(times, try data.require(timesName))
@@ -59,17 +64,34 @@ extension Verifier {
 
   mutating func peerLogProb(_ data: SafetensorsFile) throws {
     let peers = [
-      Peer(prefix: "gcpo_flow", kind: .flowSDE, latents: "in.latents", velocity: "in.velocity", noise: "in.noise", sigmas: "gcpo.sigmas"),
-      Peer(prefix: "gcpo_ode", kind: .ode, latents: "in.latents", velocity: "in.velocity", noise: "in.noise", sigmas: "gcpo.sigmas"),
-      Peer(prefix: "mix_flow", kind: .flowSDE, latents: "in.latents", velocity: "in.velocity", noise: "in.noise", sigmas: "gcpo.sigmas"),
-      Peer(prefix: "dance", kind: .danceSDE, latents: "in.latents", velocity: "in.velocity", noise: "in.noise", sigmas: "gcpo.sigmas"),
-      Peer(prefix: "gcpo_dance", kind: .danceSDE, latents: "in.latents", velocity: "in.velocity", noise: "in.noise", sigmas: "gcpo.sigmas"),
       Peer(
-        prefix: "flow_grpo", kind: .flowSDE, latents: "flow_grpo.in.sample", velocity: "flow_grpo.in.model_output",
+        prefix: "gcpo_flow", kind: .flowSDE, latents: "in.latents", velocity: "in.velocity",
+        noise: "in.noise", sigmas: "gcpo.sigmas"),
+      Peer(
+        prefix: "gcpo_ode", kind: .ode, latents: "in.latents", velocity: "in.velocity", noise: "in.noise",
+        sigmas: "gcpo.sigmas"),
+      Peer(
+        prefix: "mix_flow", kind: .flowSDE, latents: "in.latents", velocity: "in.velocity", noise: "in.noise",
+        sigmas: "gcpo.sigmas"),
+      Peer(
+        prefix: "dance", kind: .danceSDE, latents: "in.latents", velocity: "in.velocity", noise: "in.noise",
+        sigmas: "gcpo.sigmas"),
+      Peer(
+        prefix: "gcpo_dance", kind: .danceSDE, latents: "in.latents", velocity: "in.velocity",
+        noise: "in.noise", sigmas: "gcpo.sigmas"),
+      Peer(
+        prefix: "flow_grpo", kind: .flowSDE, latents: "flow_grpo.in.sample",
+        velocity: "flow_grpo.in.model_output",
         noise: "flow_grpo.in.noise", sigmas: "flow_grpo.sigmas"),
-      Peer(prefix: "ff.Flow-SDE", kind: .flowSDE, latents: "in.latents", velocity: "in.velocity", noise: "in.noise", sigmas: "ff.Flow-SDE.sigmas"),
-      Peer(prefix: "ff.Dance-SDE", kind: .danceSDE, latents: "in.latents", velocity: "in.velocity", noise: "in.noise", sigmas: "ff.Dance-SDE.sigmas"),
-      Peer(prefix: "ff.CPS", kind: .cps, latents: "in.latents", velocity: "in.velocity", noise: "in.noise", sigmas: "ff.CPS.sigmas"),
+      Peer(
+        prefix: "ff.Flow-SDE", kind: .flowSDE, latents: "in.latents", velocity: "in.velocity",
+        noise: "in.noise", sigmas: "ff.Flow-SDE.sigmas"),
+      Peer(
+        prefix: "ff.Dance-SDE", kind: .danceSDE, latents: "in.latents", velocity: "in.velocity",
+        noise: "in.noise", sigmas: "ff.Dance-SDE.sigmas"),
+      Peer(
+        prefix: "ff.CPS", kind: .cps, latents: "in.latents", velocity: "in.velocity", noise: "in.noise",
+        sigmas: "ff.CPS.sigmas"),
     ]
     let etas = try settings("peer_logprob")["eta"] as? [String: Any] ?? [:]
     func eta(_ prefix: String) -> Double? {
@@ -80,7 +102,9 @@ extension Verifier {
       let steps = data.shape("gcpo.sigmas")![0] - 1
       let schedule = try NoiseSchedule.training(steps: steps, shift: 3)
       let truncated = schedule.networkTimes(truncated: true)
-      record("peer_logprob gcpo.sigmas", error: try Self.relative(schedule.sigmas, try data.require("gcpo.sigmas")), tolerance: 1e-7)
+      record(
+        "peer_logprob gcpo.sigmas",
+        error: try Self.relative(schedule.sigmas, try data.require("gcpo.sigmas")), tolerance: 1e-7)
       if data.shape("gcpo.timesteps_int") != nil {
         let error = try Self.relative(truncated, try data.require("gcpo.timesteps_int"))
         record("peer_logprob gcpo.timesteps_int", error: error, tolerance: 0)
@@ -89,7 +113,8 @@ extension Verifier {
     for peer in peers where data.shape(peer.sigmas) != nil {
       let schedule = try NoiseSchedule(sigmas: try data.require(peer.sigmas).floats())
       let table = try TransitionTable(
-        schedule: schedule, kind: peer.kind, eta: peer.kind == .ode ? 0 : eta(peer.prefix) ?? peer.kind.defaultEta,
+        schedule: schedule, kind: peer.kind,
+        eta: peer.kind == .ode ? 0 : eta(peer.prefix) ?? peer.kind.defaultEta,
         stochastic: peer.kind == .ode ? 0..<0 : 0..<schedule.steps)
       let (x, v) = (try data.require(peer.latents), try data.require(peer.velocity))
       let noise = try data.require(peer.noise)
@@ -103,9 +128,12 @@ extension Verifier {
         if data.shape("\(peer.prefix).\(i).mean") != nil {
           worst.mean = max(worst.mean, try Self.relative(mean, try data.require("\(peer.prefix).\(i).mean")))
         }
-        worst.next = max(worst.next, try Self.relative(next, try data.require("\(peer.prefix).\(i).prev_sample")))
+        worst.next = max(
+          worst.next, try Self.relative(next, try data.require("\(peer.prefix).\(i).prev_sample")))
         // Into σ = 0 the density of most kinds is degenerate, and nobody trains there.
-        guard data.shape("\(peer.prefix).\(i).log_prob") != nil, i < schedule.steps - 1 || peer.kind == .danceSDE else { continue }
+        guard data.shape("\(peer.prefix).\(i).log_prob") != nil,
+          i < schedule.steps - 1 || peer.kind == .danceSDE
+        else { continue }
         let residuals = try table.meanSquaredResidual(next, mean).doubles()
         let ours = residuals.map { table.logProbability(meanSquaredResidual: $0, step: i) }
         let theirs = try data.require("\(peer.prefix).\(i).log_prob").doubles()
@@ -114,7 +142,9 @@ extension Verifier {
       guard steps > 0 else { continue }
       if peer.kind != .ode {
         record("peer_logprob \(peer.prefix) mean (\(steps) steps)", error: worst.mean, tolerance: 2e-6)
-        record("peer_logprob \(peer.prefix) log_prob (\(steps) steps)", error: worst.logProb, tolerance: 2e-6, note: "largest absolute difference")
+        record(
+          "peer_logprob \(peer.prefix) log_prob (\(steps) steps)", error: worst.logProb, tolerance: 2e-6,
+          note: "largest absolute difference")
       }
       record("peer_logprob \(peer.prefix) next (\(steps) steps)", error: worst.next, tolerance: 2e-6)
     }
@@ -125,7 +155,8 @@ extension Verifier {
   private mutating func offPolicy(_ data: SafetensorsFile, _ eta: Double) throws {
     guard data.shape("in.velocity_perturbed") != nil, data.shape("gcpo.sigmas") != nil else { return }
     let schedule = try NoiseSchedule(sigmas: try data.require("gcpo.sigmas").floats())
-    let table = try TransitionTable(schedule: schedule, kind: .flowSDE, eta: eta, stochastic: 0..<schedule.steps)
+    let table = try TransitionTable(
+      schedule: schedule, kind: .flowSDE, eta: eta, stochastic: 0..<schedule.steps)
     let x = try data.require("in.latents")
     let v = try data.require("in.velocity")
     let noise = try data.require("in.noise")
@@ -152,7 +183,9 @@ extension Verifier {
           worst = max(worst, abs(table.logProbability(meanSquaredResidual: r, step: i) - b) / max(1, abs(b)))
         }
       }
-      if steps > 0 { record("peer_logprob \(prefix) log_prob (\(steps) steps)", error: worst, tolerance: 2e-5) }
+      if steps > 0 {
+        record("peer_logprob \(prefix) log_prob (\(steps) steps)", error: worst, tolerance: 2e-5)
+      }
     }
   }
 
@@ -165,7 +198,9 @@ extension Verifier {
     }
     let network = try FluxTransformer(folder: try modelFolder(name).appending(path: "transformer"))
     try network.modules.makeTrainable()
-    guard let gridList = settings["token_grid"] as? [Int], gridList.count == 2 else { throw RunError("\(name).json: token_grid") }
+    guard let gridList = settings["token_grid"] as? [Int], gridList.count == 2 else {
+      throw RunError("\(name).json: token_grid")
+    }
     let model = TimedNetwork(FluxFlowModel(network, grid: (gridList[0], gridList[1])))
     let T = Int(try number("sampling_steps"))
     let schedule = try NoiseSchedule.training(steps: T, shift: try number("shift"))
@@ -182,13 +217,17 @@ extension Verifier {
     let rewards = try data.require("out.rewards").doubles()
     let advantages = try Advantages.group(rewards: rewards).values
     let usesChunks = settings["use_chunk"] as? Bool ?? false
-    let strategy = usesChunks
-      ? try ChunkStrategy("list:" + ((settings["chunks"] as? [Int]) ?? []).map(String.init).joined(separator: ","))
+    let strategy =
+      usesChunks
+      ? try ChunkStrategy(
+        "list:" + ((settings["chunks"] as? [Int]) ?? []).map(String.init).joined(separator: ","))
       : try ChunkStrategy("step")
     let plan = try strategy.plan(steps: T - 1)
     let trained = try ChunkDraw.count(chunks: plan.count, fraction: try number("timestep_fraction"))
     // The authors' random order: of chunks per sample, and of the samples.
-    let draws = try (0..<S).map { try data.require("out.randperm.\($0)").int64s().prefix(trained).map { Int($0) } }
+    let draws = try (0..<S).map {
+      try data.require("out.randperm.\($0)").int64s().prefix(trained).map { Int($0) }
+    }
     let order = try data.tensor("out.randperm.\(S)")?.int64s().map { Int($0) } ?? Array(0..<S)
     let clip = (settings["clip_range"] as? [Double]) ?? [5e-5, 5e-5]
     let rule = PolicyUpdate(
@@ -205,29 +244,42 @@ extension Verifier {
       let samples = order[start..<min(start + each, S)].map { row in
         UpdateSample(row: row, advantage: advantages[row], chunks: draws[row].map { (plan.ranges[$0], 1) })
       }
-      let report = try rule.accumulate(samples, trajectories, conditions: [Condition](repeating: condition, count: S), first: start == 0)
+      let report = try rule.accumulate(
+        samples, trajectories, conditions: [Condition](repeating: condition, count: S), first: start == 0)
       ratios += report.ratios
       gradients.append(
-        try Dictionary(uniqueKeysWithValues: network.modules.parameters.compactMap { p in try p.tensor.grad().map { (p.key, try $0.clone()) } }))
+        try Dictionary(
+          uniqueKeysWithValues: network.modules.parameters.compactMap { p in
+            try p.tensor.grad().map { (p.key, try $0.clone()) }
+          }))
       norms.append(Float(try optimizer.clipGradients(maxNorm: try number("max_grad_norm"))))
       try optimizer.step()
     }
 
-    record("\(name) sigmas", error: try Self.relative(schedule.sigmas, try data.require("out.sigmas")), tolerance: 1e-7)
+    record(
+      "\(name) sigmas", error: try Self.relative(schedule.sigmas, try data.require("out.sigmas")),
+      tolerance: 1e-7)
     let expected = try data.require("out.ratios").doubles()
     let worst = zip(ratios, expected).map { abs($0 - $1) }.max() ?? .infinity
     record(
-      "\(name) ratios (\(expected.count))", error: ratios.count == expected.count ? worst : .infinity, tolerance: 2e-6,
+      "\(name) ratios (\(expected.count))", error: ratios.count == expected.count ? worst : .infinity,
+      tolerance: 2e-6,
       note: "largest absolute difference")
-    record("\(name) gradient norms", error: try Self.relative(norms, try data.require("out.grad_norms")), tolerance: 1e-3)
+    record(
+      "\(name) gradient norms", error: try Self.relative(norms, try data.require("out.grad_norms")),
+      tolerance: 1e-3)
     let parameters = Dictionary(uniqueKeysWithValues: network.modules.parameters.map { ($0.key, $0.tensor) })
     for key in data.names {
       if key.hasPrefix("out.grad_preclip."), !key.hasSuffix("l2_by_tensor") {
         let parts = key.dropFirst("out.grad_preclip.".count).split(separator: ".", maxSplits: 1)
-        guard let u = Int(parts[0]), let gradient = gradients[u][String(parts[1])] else { throw RunError("no gradient \(key)") }
+        guard let u = Int(parts[0]), let gradient = gradients[u][String(parts[1])] else {
+          throw RunError("no gradient \(key)")
+        }
         try compare("\(name) \(key.dropFirst(4))", gradient, data, key, tolerance: 1e-4)
       } else if key.hasPrefix("out.param.") {
-        guard let parameter = parameters[String(key.dropFirst(10))] else { throw RunError("no parameter \(key)") }
+        guard let parameter = parameters[String(key.dropFirst(10))] else {
+          throw RunError("no parameter \(key)")
+        }
         // Two AdamW steps move a weight by about 2·lr whatever its gradient: rounding of tiny gradients shows.
         try compare("\(name) \(key.dropFirst(4))", parameter, data, key, tolerance: 1e-3)
       }
@@ -237,20 +289,27 @@ extension Verifier {
 
   /// Norms of all gradients and parameters, in the fixture's order.
   private mutating func gcpoByTensor(
-    _ name: String, _ settings: [String: Any], _ data: SafetensorsFile, _ gradients: [[String: Tensor]], _ parameters: [String: Tensor]
+    _ name: String, _ settings: [String: Any], _ data: SafetensorsFile, _ gradients: [[String: Tensor]],
+    _ parameters: [String: Tensor]
   ) throws {
     guard let order = settings["tensor_order"] as? [String] else { return }
     func norms(_ tensors: [String: Tensor]) throws -> [Float] {
-      try order.map { Float(try (tensors[$0]?.detach().to(.float64).square().sum().item() ?? .nan).squareRoot()) }
+      try order.map {
+        Float(try (tensors[$0]?.detach().to(.float64).square().sum().item() ?? .nan).squareRoot())
+      }
     }
     for u in gradients.indices where data.shape("out.grad_preclip.\(u).l2_by_tensor") != nil {
       let ours = try norms(gradients[u])
       let key = "out.grad_preclip.\(u).l2_by_tensor"
-      record("\(name) gradient \(u), all \(order.count) tensors", error: try Self.relative(ours, try data.require(key)), tolerance: 1e-4)
+      record(
+        "\(name) gradient \(u), all \(order.count) tensors",
+        error: try Self.relative(ours, try data.require(key)), tolerance: 1e-4)
     }
     if data.shape("out.param_l2_by_tensor") != nil {
       let ours = try norms(parameters)
-      record("\(name) parameters, all \(order.count) tensors", error: try Self.relative(ours, try data.require("out.param_l2_by_tensor")), tolerance: 1e-5)
+      record(
+        "\(name) parameters, all \(order.count) tensors",
+        error: try Self.relative(ours, try data.require("out.param_l2_by_tensor")), tolerance: 1e-5)
     }
   }
 }

@@ -60,7 +60,8 @@ extension Verifier {
     let packed = try FluxPipeline.pack(latents)
     let grid = (rows: latents.size(2) / 2, columns: latents.size(3) / 2)
     try compare("flux_pack packed", packed, data, "out.packed", tolerance: 0)
-    try compare("flux_pack unpacked", try FluxPipeline.unpack(packed, grid: grid), data, "out.unpacked", tolerance: 0)
+    try compare(
+      "flux_pack unpacked", try FluxPipeline.unpack(packed, grid: grid), data, "out.unpacked", tolerance: 0)
   }
 
   mutating func vae(_ data: SafetensorsFile) throws {
@@ -75,17 +76,22 @@ extension Verifier {
 
   mutating func fluxLoRA(_ data: SafetensorsFile) throws {
     let settings = try settings("flux_lora")
-    guard let adapterName = settings["adapter"] as? String else { throw RunError("flux_lora.json: no adapter") }
+    guard let adapterName = settings["adapter"] as? String else {
+      throw RunError("flux_lora.json: no adapter")
+    }
     let network = try FluxTransformer(folder: try modelFolder("flux_lora").appending(path: "transformer"))
     let file = folder.appending(path: adapterName).appending(path: "pytorch_lora_weights.safetensors")
     let adapter = try LoRAAdapter(file, for: network.modules)
-    let inputs = try TransformerInputs(try SafetensorsFile(io.appending(path: "flux_transformer.safetensors")))
+    let inputs = try TransformerInputs(
+      try SafetensorsFile(io.appending(path: "flux_transformer.safetensors")))
     let out = try inputs.run(network)
     try (out * data.require("in.w")).mean().backward()
     try compare("flux_lora forward", out, data, "out.sample")
     var (ours, theirs): ([Tensor], [Tensor]) = ([], [])
     for name in adapter.parameters.keys.sorted() {
-      guard let gradient = try adapter.parameters[name]!.grad() else { throw RunError("no gradient for \(name)") }
+      guard let gradient = try adapter.parameters[name]!.grad() else {
+        throw RunError("no gradient for \(name)")
+      }
       ours.append(try gradient.reshape(-1))
       theirs.append(try data.require("grad." + name).reshape(-1))
     }
@@ -108,7 +114,8 @@ extension Verifier {
     let prompts = try storedPrompts(data, count: latents.size(0))
     let condition = try Condition.stack(try prompts.map { try pipeline.encode($0) })
     for (key, ids) in [
-      ("in.clip_ids", prompts.map { pipeline.tokens($0).clip.ids }), ("in.t5_ids", prompts.map { pipeline.tokens($0).t5.ids }),
+      ("in.clip_ids", prompts.map { pipeline.tokens($0).clip.ids }),
+      ("in.t5_ids", prompts.map { pipeline.tokens($0).t5.ids }),
     ] where data.shape(key) != nil {
       let differing = zip(ids.flatMap { $0 }, try data.require(key).int64s()).filter { $0 != $1 }.count
       record("\(name) \(key.dropFirst(3))", error: Double(differing), tolerance: 0)
@@ -116,11 +123,17 @@ extension Verifier {
     let schedule = try pipeline.schedule(steps: steps, grid: grid)
     let table = try TransitionTable(schedule: schedule, kind: .ode, eta: 0, stochastic: 0..<0)
     let rollout = Rollout(table: table, guidance: settings["guidance"] as? Double, batch: latents.size(0))
-    let rows = try (0..<latents.size(0)).map { i in Condition(try condition.tensors.map { try $0[i..<(i + 1)] }) }
-    let run = try rollout.sample(pipeline.flowModel(grid: grid), initial: latents, conditions: rows) { _, _, _ in }
+    let rows = try (0..<latents.size(0)).map { i in
+      Condition(try condition.tensors.map { try $0[i..<(i + 1)] })
+    }
+    let run = try rollout.sample(pipeline.flowModel(grid: grid), initial: latents, conditions: rows) {
+      _, _, _ in
+    }
     let image = try pipeline.decode(run.clean, grid: grid)
     if data.shape("out.sigmas") != nil {
-      record("\(name) sigmas", error: try Self.relative(schedule.sigmas, try data.require("out.sigmas")), tolerance: 1e-6)
+      record(
+        "\(name) sigmas", error: try Self.relative(schedule.sigmas, try data.require("out.sigmas")),
+        tolerance: 1e-6)
     }
     try compare("\(name) prompt_embeds", condition.tensors[0], data, "out.prompt_embeds")
     try compare("\(name) pooled", condition.tensors[1], data, "out.pooled")
@@ -139,12 +152,14 @@ extension Verifier {
 
   struct PromptFixture: Decodable {
     let prompts: [String]
-    let clip_ids, t5_ids: [[Int64]]
+    let clipIds, t5Ids: [[Int64]]
   }
   func promptFixture() throws -> PromptFixture {
     let file = io.appending(path: "flux_text_prompts.json")
     guard let data = try? Data(contentsOf: file) else { throw RunError("\(file.path): missing") }
-    return try JSONDecoder().decode(PromptFixture.self, from: data)
+    let decoder = JSONDecoder()
+    decoder.keyDecodingStrategy = .convertFromSnakeCase
+    return try decoder.decode(PromptFixture.self, from: data)
   }
 
   /// Token ids by the model folder's own tokenizers.
@@ -153,13 +168,16 @@ extension Verifier {
     let clip = try CLIPTokenizer(folder: model.appending(path: "tokenizer"))
     let t5 = try T5Tokenizer(folder: model.appending(path: "tokenizer_2"))
     let fixture = try v.promptFixture()
-    let ours = zip(fixture.prompts, zip(fixture.clip_ids, fixture.t5_ids)).map { prompt, expected in
+    let ours = zip(fixture.prompts, zip(fixture.clipIds, fixture.t5Ids)).map { prompt, expected in
       (clip.encode(prompt, length: expected.0.count).ids, t5.encode(prompt, length: expected.1.count).ids)
     }
-    let clipMisses = zip(ours, fixture.clip_ids).filter { $0.0 != $1 }.count
-    let t5Misses = zip(ours, fixture.t5_ids).filter { $0.1 != $1 }.count
-    v.record("tokens clip (\(ours.count) prompts)", error: Double(clipMisses), tolerance: 0, note: "prompts that differ")
-    v.record("tokens t5 (\(ours.count) prompts)", error: Double(t5Misses), tolerance: 0, note: "prompts that differ")
+    let clipMisses = zip(ours, fixture.clipIds).filter { $0.0 != $1 }.count
+    let t5Misses = zip(ours, fixture.t5Ids).filter { $0.1 != $1 }.count
+    v.record(
+      "tokens clip (\(ours.count) prompts)", error: Double(clipMisses), tolerance: 0,
+      note: "prompts that differ")
+    v.record(
+      "tokens t5 (\(ours.count) prompts)", error: Double(t5Misses), tolerance: 0, note: "prompts that differ")
   }
 
   /// Token ids by the published vocabularies, where the folder brings them along.
@@ -170,9 +188,12 @@ extension Verifier {
       let t5: [Int64]
     }
     let files = FileManager.default
-    let (clipFolder, t5Folder) = (v.folder.appending(path: "vocabularies/clip"), v.folder.appending(path: "vocabularies/t5"))
+    let (clipFolder, t5Folder) = (
+      v.folder.appending(path: "vocabularies/clip"), v.folder.appending(path: "vocabularies/t5")
+    )
     guard files.fileExists(atPath: clipFolder.path), files.fileExists(atPath: t5Folder.path) else {
-      v.unsupported("tokens_real_vocab", "the folder has no vocabularies/clip and vocabularies/t5 to tokenize with")
+      v.unsupported(
+        "tokens_real_vocab", "the folder has no vocabularies/clip and vocabularies/t5 to tokenize with")
       return
     }
     let cases = try JSONDecoder().decode(
@@ -182,7 +203,9 @@ extension Verifier {
       t5.encode(c.prompt, length: 4096).ids.prefix(c.t5.count) != c.t5[...]
         || (c.clip77.map { clip.encode(c.prompt, length: 77).ids != $0 } ?? false)
     }
-    v.record("tokens_real_vocab (\(cases.count) prompts)", error: Double(misses.count), tolerance: 0, note: "prompts that differ")
+    v.record(
+      "tokens_real_vocab (\(cases.count) prompts)", error: Double(misses.count), tolerance: 0,
+      note: "prompts that differ")
   }
 
   /// The scenes verifier on its own images.
@@ -192,7 +215,9 @@ extension Verifier {
     let listed = v.folder.appending(path: "prompts.jsonl")
     let prompts = try PromptFile(file: listed, split: "all").prompts
     let byText = Dictionary(prompts.map { ($0.text, $0) }) { first, _ in first }
-    guard let names = data.metadata["prompts"] else { throw RunError("\(file.path): no prompts in its metadata") }
+    guard let names = data.metadata["prompts"] else {
+      throw RunError("\(file.path): no prompts in its metadata")
+    }
     let wanted = try JSONDecoder().decode([String].self, from: Data(names.utf8)).map { text in
       guard let prompt = byText[text] else { throw RunError("\(listed.path): no prompt \"\(text)\"") }
       return RewardPrompt(prompt)
@@ -203,7 +228,9 @@ extension Verifier {
       let values = try reward.scores(images, prompts: wanted).map { Float($0.value ?? .nan) }
       let expected = try data.require("out.\(score)").floats()
       let worst = zip(values, expected).map { Double(abs($0 - $1)) }.max() ?? 0
-      v.record("scenes \(score) (\(values.count) images)", error: worst, tolerance: 1e-6, note: "largest absolute difference")
+      v.record(
+        "scenes \(score) (\(values.count) images)", error: worst, tolerance: 1e-6,
+        note: "largest absolute difference")
     }
   }
 }

@@ -43,7 +43,8 @@ public struct Verifier {
   /// - Returns: nil if the folder holds nothing this build knows.
   public static func run(_ folder: URL) throws -> Report? {
     var isFolder: ObjCBool = false
-    guard FileManager.default.fileExists(atPath: folder.path, isDirectory: &isFolder), isFolder.boolValue else {
+    guard FileManager.default.fileExists(atPath: folder.path, isDirectory: &isFolder), isFolder.boolValue
+    else {
       throw RunError("\(folder.path): no such folder")
     }
     var verifier = Verifier(folder: folder, io: folder.appending(path: "io"))
@@ -74,7 +75,10 @@ public struct Verifier {
         rows.append(Row(id: file, error: nil, tolerance: nil, status: .fail, note: "\(error)"))
       }
     }
-    for file in ((try? FileManager.default.contentsOfDirectory(atPath: folder.appending(path: "shapes").path)) ?? []).sorted() {
+    for file
+      in ((try? FileManager.default.contentsOfDirectory(atPath: folder.appending(path: "shapes").path)) ?? [])
+      .sorted()
+    {
       unsupported("shapes/\(file)", "comparing key lists of published models is not part of this version")
     }
   }
