@@ -88,7 +88,7 @@ public final class FluxTransformer {
       config.axesDimsRope.allSatisfy({ $0 % 2 == 0 })
     else {
       throw ModelError(
-        "\(folder.path)/config.json: axes_dims_rope \(config.axesDimsRope) must be three even sizes with sum attention_head_dim \(config.attention_head_dim)"
+        "\(folder.path)/config.json: axes_dims_rope \(config.axesDimsRope) must be three even sizes with sum attention_head_dim \(config.attentionHeadDim)"
       )
     }
     let checkpoint = try Checkpoint(folder: folder)

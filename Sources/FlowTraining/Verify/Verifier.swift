@@ -24,6 +24,17 @@ public struct Verifier {
     public let status: Status
     /// Why it failed or is unsupported.
     public let note: String?
+
+    enum CodingKeys: String, CodingKey { case id, error, tolerance, status, note }
+    /// Absent numbers are written as null, so that every row has the same keys; infinity, too, is no JSON number.
+    public func encode(to encoder: any Encoder) throws {
+      var container = encoder.container(keyedBy: CodingKeys.self)
+      try container.encode(id, forKey: .id)
+      try container.encode(error.flatMap { $0.isFinite ? $0 : nil }, forKey: .error)
+      try container.encode(tolerance, forKey: .tolerance)
+      try container.encode(status, forKey: .status)
+      try container.encodeIfPresent(note, forKey: .note)
+    }
   }
   /// The table and its totals.
   public struct Report: Encodable, Sendable {
