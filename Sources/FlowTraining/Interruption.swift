@@ -6,6 +6,7 @@ public struct Interrupted: Error, Sendable, CustomStringConvertible {
   public let signal: Int32
   /// 130 or 143, as shells report it.
   public var exitCode: Int32 { 128 + signal }
+  /// For people.
   public var description: String { signal == SIGINT ? "interrupted" : "terminated" }
 }
 

@@ -57,8 +57,10 @@ public final class TimedNetwork: FlowModel {
   /// Times `base`.
   public init(_ base: any FlowModel) { self.base = base }
 
+  /// The base network's.
   public var modules: ModuleRegistry { base.modules }
 
+  /// The base network's, timed.
   public func velocity(_ latents: Tensor, times: Tensor, condition: Condition, guidance: Double?) throws
     -> Tensor
   {

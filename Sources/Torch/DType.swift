@@ -36,11 +36,26 @@ public protocol TorchScalar: Sendable, BitwiseCopyable {
   /// The tensor element type with this memory layout.
   static var dtype: DType { get }
 }
-extension Float: TorchScalar { public static var dtype: DType { .float32 } }
-extension Double: TorchScalar { public static var dtype: DType { .float64 } }
-extension Int64: TorchScalar { public static var dtype: DType { .int64 } }
-extension Int32: TorchScalar { public static var dtype: DType { .int32 } }
-extension UInt8: TorchScalar { public static var dtype: DType { .uint8 } }
+extension Float: TorchScalar {
+  /// Stored as is.
+  public static var dtype: DType { .float32 }
+}
+extension Double: TorchScalar {
+  /// Stored as is.
+  public static var dtype: DType { .float64 }
+}
+extension Int64: TorchScalar {
+  /// Stored as is.
+  public static var dtype: DType { .int64 }
+}
+extension Int32: TorchScalar {
+  /// Stored as is.
+  public static var dtype: DType { .int32 }
+}
+extension UInt8: TorchScalar {
+  /// Stored as is.
+  public static var dtype: DType { .uint8 }
+}
 
 /// Where a tensor lives.
 public enum Device: Sendable, Hashable, CustomStringConvertible {
@@ -50,5 +65,6 @@ public enum Device: Sendable, Hashable, CustomStringConvertible {
   var code: Int32 { Int32(self == .cpu ? CTORCH_CPU : CTORCH_CUDA) }
   var index: Int32 { if case .cuda(let i) = self { Int32(i) } else { 0 } }
 
+  /// For people.
   public var description: String { if case .cuda(let i) = self { "cuda:\(i)" } else { "cpu" } }
 }

@@ -6,6 +6,7 @@ public struct SafetensorsError: Error, CustomStringConvertible, Sendable, Equata
   public let path: String
   /// What is wrong and, where there is one, the way out.
   public let reason: String
+  /// For people.
   public var description: String { "\(path): \(reason)" }
 }
 

@@ -166,31 +166,42 @@ extension Tensor {
     try produce("addcmul", [self, b, c]) { ctorch_addcmul($0, handle, b.handle, c.handle) }
   }
 
+  /// Elementwise sum, broadcast.
   public static func + (a: Tensor, b: Tensor) throws(TorchError) -> Tensor {
     try produce("add", [a, b]) { ctorch_add($0, a.handle, b.handle) }
   }
+  /// Elementwise sum, broadcast.
   public static func + (a: Tensor, b: Double) throws(TorchError) -> Tensor {
     try produce("add", [a]) { ctorch_add_scalar($0, a.handle, b) }
   }
+  /// Elementwise difference, broadcast.
   public static func - (a: Tensor, b: Tensor) throws(TorchError) -> Tensor {
     try produce("sub", [a, b]) { ctorch_sub($0, a.handle, b.handle) }
   }
+  /// Elementwise difference, broadcast.
   public static func - (a: Tensor, b: Double) throws(TorchError) -> Tensor {
     try produce("sub", [a]) { ctorch_sub_scalar($0, a.handle, b) }
   }
+  /// Elementwise product, broadcast.
   public static func * (a: Tensor, b: Tensor) throws(TorchError) -> Tensor {
     try produce("mul", [a, b]) { ctorch_mul($0, a.handle, b.handle) }
   }
+  /// Elementwise product, broadcast.
   public static func * (a: Tensor, b: Double) throws(TorchError) -> Tensor {
     try produce("mul", [a]) { ctorch_mul_scalar($0, a.handle, b) }
   }
+  /// Elementwise quotient, broadcast.
   public static func / (a: Tensor, b: Tensor) throws(TorchError) -> Tensor {
     try produce("div", [a, b]) { ctorch_div($0, a.handle, b.handle) }
   }
+  /// Elementwise quotient, broadcast.
   public static func / (a: Tensor, b: Double) throws(TorchError) -> Tensor {
     try produce("div", [a]) { ctorch_div_scalar($0, a.handle, b) }
   }
+  /// Elementwise product, broadcast.
   public static func * (a: Double, b: Tensor) throws(TorchError) -> Tensor { try b * a }
+  /// Elementwise sum, broadcast.
   public static func + (a: Double, b: Tensor) throws(TorchError) -> Tensor { try b + a }
+  /// Elementwise negation, broadcast.
   public static prefix func - (a: Tensor) throws(TorchError) -> Tensor { try a.neg() }
 }

@@ -41,6 +41,7 @@ public final class Tensor: @unchecked Sendable {
 }
 
 extension Tensor: CustomStringConvertible {
+  /// For people.
   public var description: String { "Tensor(\(shape), \(dtype), \(device))" }
 }
 

@@ -14,6 +14,7 @@ public struct TorchError: Error, CustomStringConvertible, Sendable, Equatable {
     self.operands = operands
   }
 
+  /// For people.
   public var description: String {
     "\(operation)(\(operands.joined(separator: ", "))): \(message)"
   }

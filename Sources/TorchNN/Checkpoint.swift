@@ -7,6 +7,7 @@ public struct CheckpointError: Error, CustomStringConvertible, Sendable, Equatab
   public let path: String
   /// One line a kind of problem.
   public let problems: [String]
+  /// For people.
   public var description: String { "\(path): " + problems.joined(separator: "; ") }
 }
 

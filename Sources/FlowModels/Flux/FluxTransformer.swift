@@ -31,6 +31,7 @@ public struct FluxTransformerConfig: Decodable, Sendable, Equatable {
     case jointAttentionDim, pooledProjectionDim, guidanceEmbeds, axesDimsRope
   }
 
+  /// Absent fields take FLUX.1's values, as in the reference.
   public init(from decoder: any Decoder) throws {
     let c = try decoder.container(keyedBy: CodingKeys.self)
     func int(_ key: CodingKeys, _ value: Int) throws -> Int {

@@ -202,17 +202,17 @@ extension Verifier {
       throw RunError("\(name).json: token_grid")
     }
     let model = TimedNetwork(FluxFlowModel(network, grid: (gridList[0], gridList[1])))
-    let T = Int(try number("sampling_steps"))
-    let schedule = try NoiseSchedule.training(steps: T, shift: try number("shift"))
+    let steps = Int(try number("sampling_steps"))
+    let schedule = try NoiseSchedule.training(steps: steps, shift: try number("shift"))
     let table = try TransitionTable(
-      schedule: schedule, kind: .flowSDE, eta: try number("eta"), stochastic: 0..<(T - 1),
+      schedule: schedule, kind: .flowSDE, eta: try number("eta"), stochastic: 0..<(steps - 1),
       truncatedTimes: settings["time"] as? String == "truncated")
     let latents = try data.require("out.latents")
-    let S = latents.size(0)
+    let count = latents.size(0)
     let old = try data.require("out.log_probs").doubles()
     let trajectories = Trajectories(
       states: try latents.transpose(0, 1).contiguous(), clean: latents,
-      logProbabilities: (0..<S).map { s in Array(old[(s * T)..<(s * T + T - 1)]) })
+      logProbabilities: (0..<count).map { s in Array(old[(s * steps)..<(s * steps + steps - 1)]) })
     let condition = Condition([try data.require("in.encoder_hidden_states"), try data.require("in.pooled")])
     let rewards = try data.require("out.rewards").doubles()
     let advantages = try Advantages.group(rewards: rewards).values
@@ -222,13 +222,13 @@ extension Verifier {
       ? try ChunkStrategy(
         "list:" + ((settings["chunks"] as? [Int]) ?? []).map(String.init).joined(separator: ","))
       : try ChunkStrategy("step")
-    let plan = try strategy.plan(steps: T - 1)
+    let plan = try strategy.plan(steps: steps - 1)
     let trained = try ChunkDraw.count(chunks: plan.count, fraction: try number("timestep_fraction"))
     // The authors' random order: of chunks per sample, and of the samples.
-    let draws = try (0..<S).map {
+    let draws = try (0..<count).map {
       try data.require("out.randperm.\($0)").int64s().prefix(trained).map { Int($0) }
     }
-    let order = try data.tensor("out.randperm.\(S)")?.int64s().map { Int($0) } ?? Array(0..<S)
+    let order = try data.tensor("out.randperm.\(count)")?.int64s().map { Int($0) } ?? Array(0..<count)
     let clip = (settings["clip_range"] as? [Double]) ?? [5e-5, 5e-5]
     let rule = PolicyUpdate(
       network: model, table: table, guidance: try number("guidance"), microBatch: 16, ratio: .chunk,
@@ -240,12 +240,12 @@ extension Verifier {
     var ratios: [Double] = []
     var norms: [Float] = []
     var gradients: [[String: Tensor]] = []
-    for start in stride(from: 0, to: S, by: each) {
-      let samples = order[start..<min(start + each, S)].map { row in
+    for start in stride(from: 0, to: count, by: each) {
+      let samples = order[start..<min(start + each, count)].map { row in
         UpdateSample(row: row, advantage: advantages[row], chunks: draws[row].map { (plan.ranges[$0], 1) })
       }
       let report = try rule.accumulate(
-        samples, trajectories, conditions: [Condition](repeating: condition, count: S), first: start == 0)
+        samples, trajectories, conditions: [Condition](repeating: condition, count: count), first: start == 0)
       ratios += report.ratios
       gradients.append(
         try Dictionary(
