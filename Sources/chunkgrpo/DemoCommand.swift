@@ -145,7 +145,7 @@ struct Demo: ParsableCommand {
       let base = against["all"]?["mean"] as? Double ?? .nan
       let change = (paired["difference"] as? Double ?? .nan) / base * 100
       rows.append([
-        name, "\(report["nPrompts"] ?? "")", number(base), number(part["mean"]), interval(part["ci95"]),
+        name, "\(report["n_prompts"] ?? "")", number(base), number(part["mean"]), interval(part["ci95"]),
         number(paired["difference"], signed: true), interval(paired["ci95"]),
         (paired["p"] as? Double).map { String(format: "%.1e", $0) } ?? "", "\(Terminal.signed(change, 1)) %",
       ])

@@ -91,10 +91,10 @@ final class TrainingProgress {
     let text =
       ([
         "iteration \(row.iteration)/\(total)",
-        "reward \(Terminal.fixed(value("rewardMean"), 4)) (\(rewards.joined(separator: ", ")))",
+        "reward \(Terminal.fixed(value("reward_mean"), 4)) (\(rewards.joined(separator: ", ")))",
         "|ratio−1| \(String(format: "%.1e", value("ratio_dev")))",
         "grad \(String(format: "%.2e", value("grad_norm")))",
-        "\(Terminal.fixed(value("imagesPerS"), 1)) images/s",
+        "\(Terminal.fixed(value("images_per_s"), 1)) images/s",
       ] + evaluations + ["ETA \(Terminal.duration(left))"]).joined(separator: " · ")
     guard Terminal.isInteractive else { return Terminal.line(text) }
     if !evaluations.isEmpty { Terminal.line(text) }
