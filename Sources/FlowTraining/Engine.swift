@@ -56,8 +56,10 @@ public final class Engine {
   }
 
   /// A sampler over `table`.
-  func rollout(_ table: TransitionTable) -> Rollout {
-    Rollout(table: table, guidance: guidance, batch: batch)
+  ///
+  /// - Parameter rows: rows of every forward pass, filled up where a batch is short; nil for batches as they come.
+  func rollout(_ table: TransitionTable, rows: Int? = nil) -> Rollout {
+    Rollout(table: table, guidance: guidance, batch: rows ?? batch, fillsRows: rows != nil)
   }
 
   /// An update rule over `table`.

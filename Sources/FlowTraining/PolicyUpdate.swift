@@ -46,7 +46,7 @@ public struct PolicyUpdate {
   public let table: TransitionTable
   /// Guidance scale for networks that embed one.
   public let guidance: Double?
-  /// Rows of one forward and backward pass.
+  /// Rows of every forward and backward pass: as many as the rollout's passes had.
   public let microBatch: Int
   /// Over what ratios are formed.
   public let ratio: RatioKind
@@ -139,8 +139,7 @@ public struct PolicyUpdate {
     _ entries: [Entry], _ trajectories: Trajectories, _ conditions: [Condition]
   ) throws -> Tensor {
     try beforeStep()
-    // A single row rounds differently from several (Batches): it is given a twin, which is dropped again.
-    let rows = entries.count == 1 ? entries + entries : entries
+    let rows = filled(entries, to: microBatch)
     let samples = trajectories.states.size(1)
     let shape = trajectories.states.shape
     let flat = try trajectories.states.reshape([shape[0] * shape[1]] + shape[2...])

@@ -109,6 +109,9 @@ public final class Trainer {
       * Double(configuration.samplesPerIteration)
   }
 
+  /// Rows of every forward pass of rollout and update alike.
+  private var rows: Int { Batches(configuration.samplesPerIteration, of: configuration.optim.microBatch).largest }
+
   // MARK: the run
 
   /// Trains to the end, from the newest whole checkpoint of the folder if `resume`.
@@ -208,7 +211,7 @@ public final class Trainer {
         random.stream(.initialNoise, iteration: iteration, prompt: sample.prompt.text, sample: sample.number)
       }
     }
-    var sampler = engine.rollout(table)
+    var sampler = engine.rollout(table, rows: rows)
     sampler.beforeStep = Interruption.check
     return try sampler.sample(engine.network, initial: try engine.noise(streams), conditions: conditions) {
       s, i, out in
@@ -281,7 +284,7 @@ public final class Trainer {
   ) throws {
     let c = configuration
     var rule = engine.update(
-      table, microBatch: c.optim.microBatch, ratio: RatioKind(rawValue: c.chunk.ratio.rawValue)!,
+      table, microBatch: rows, ratio: RatioKind(rawValue: c.chunk.ratio.rawValue)!,
       clip: ClipRange(low: c.loss.clip[0], high: c.loss.clip[1]))
     rule.beforeStep = Interruption.check
     // Until the iteration is done this is the state that a signal falls back to.

@@ -1,0 +1,249 @@
+import Foundation
+import Testing
+
+/// One mistake of a user.
+struct Mistake: Sendable, CustomTestStringConvertible {
+  let what: String
+  let arguments: [String]
+  /// What the message must say: what is wrong, where, and the way out.
+  let words: [String]
+  var status: Int32 = 1
+  var prepare: @Sendable (Scratch) throws -> Void = { _ in }
+  var testDescription: String { what }
+
+  /// A configuration that differs from a good one in `settings`.
+  static func train(
+    _ what: String, _ settings: String..., words: [String],
+    prepare: @escaping @Sendable (Scratch) throws -> Void = { _ in }
+  ) -> Mistake {
+    let arguments = ["train", "config.yaml"] + settings.flatMap { ["--set", $0] }
+    return Mistake(what: what, arguments: arguments, words: words, prepare: prepare)
+  }
+
+  /// A good configuration of a copy of flux-tiny that `spoil` damages.
+  static func model(
+    _ what: String, words: [String], spoil: @escaping @Sendable (_ shard: URL) throws -> Void
+  ) -> Mistake {
+    .train(what, "model=model", words: words) { scratch in
+      try scratch.copy(Tool.fluxTiny, to: "model")
+      try spoil(scratch["model/transformer/diffusion_pytorch_model-00001-of-00002.safetensors"])
+    }
+  }
+}
+
+/// Oracle: the rule that every message says what, where and the way out, spelled out for each mistake; and that
+/// a command that fails on its input leaves the disk as it was.
+@Suite("bad input")
+struct BadInputTests {
+  static let shard = "model/transformer/diffusion_pytorch_model-00001-of-00002.safetensors"
+
+  static let models: [Mistake] = [
+    .model("a weight file is missing", words: [shard, "No such file"]) {
+      try FileManager.default.removeItem(at: $0)
+    },
+    .model("a weight file is cut off", words: [shard, "truncated", "100000", "fetch it again"]) {
+      try Data(contentsOf: $0).prefix(100_000).write(to: $0)
+    },
+    .model(
+      "a parameter has another shape",
+      words: ["model/transformer", "context_embedder.weight", "expected [32, 32]", "got [16, 64]"]
+    ) {
+      try editSafetensors($0) { header, _ in
+        var entry = try #require(header["context_embedder.weight"] as? [String: Any])
+        try #require(entry["shape"] as? [Int] == [32, 32])
+        entry["shape"] = [16, 64]
+        header["context_embedder.weight"] = entry
+      }
+    },
+    .model("a parameter is NaN", words: ["model/transformer", "context_embedder.bias", "NaN"]) {
+      try editSafetensors($0) { header, data in
+        let entry = try #require(header["context_embedder.bias"] as? [String: Any])
+        let at = try #require(entry["data_offsets"] as? [Int])[0]
+        data.replaceSubrange(at..<(at + 4), with: [0xFF, 0xFF, 0xFF, 0x7F])
+      }
+    },
+    .train("no model there", "model=nowhere", words: ["nowhere", "model folder"]),
+    .train(
+      "a size that the model cannot take", "sampling.height=40",
+      words: ["40 × 48", "multiples of 16"]),
+  ]
+
+  static let configurations: [Mistake] = [
+    .train(
+      "an unknown key", "group.sise=4", words: ["--set group.sise=4", "not a key", "did you mean group.size"]),
+    .train("an unknown key in the file", words: ["config.yaml:2", "modle", "did you mean model"]) {
+      try $0.write("seed: 1\nmodle: x\n", to: "config.yaml")
+    },
+    .train("a wrong type", "group.size=two", words: ["group.size", "expected an integer", "\"two\""]),
+    .train(
+      "chunks of another sum", "chunk.plan=list:1,2",
+      words: ["chunk.plan", "[1, 2]", "cover 3", "has 2", "change chunk.plan or sampling.steps"]),
+    .train("a group of one", "group.size=1", words: ["group.size", "at least 2", "got 1"]),
+    .train(
+      "an unknown reward", "rewards=[{name: vivd}]", words: ["rewards", "\"vivd\"", "scenes", "vivid"]),
+    .train(
+      "a reward that cannot judge these prompts", "rewards=[{name: scenes}]",
+      words: ["scenes", "a photo of", "include", "add one or drop this reward"]),
+    .train(
+      "an unknown split", "prompts.split=trian", words: ["prompts.jsonl", "trian", "dev, test, train", "all"]),
+    .train("no prompt file", "prompts.file=no.jsonl", words: ["no.jsonl", "no such file", "prompts.file"]),
+    .train("no prompt in it", "prompts.file=e.txt", words: ["e.txt", "no prompt"]) {
+      try $0.write("\n \n", to: "e.txt")
+    },
+    .train("prompts not in UTF-8", "prompts.file=l.txt", words: ["l.txt:2", "UTF-8", "byte 13"]) {
+      try $0.write(Array("caf\u{E9} noir\nth".utf8) + [0xE9, 0x0A], to: "l.txt")
+    },
+    .train("a bad line of JSON", "prompts.file=b.jsonl", words: ["b.jsonl:2", "not a JSON object"]) {
+      try $0.write("{\"prompt\": \"a cat\"}\n{\"prompt\": \n", to: "b.jsonl")
+    },
+    .train(
+      "an output below a file", "output=config.yaml/run",
+      words: ["output", "config.yaml/run", "cannot be written", "choose another"]),
+    .train("an output that holds something", words: ["run is not empty", "--resume", "--set output="]) {
+      try $0.write("mine", to: "run/notes.txt")
+    },
+    Mistake(what: "no configuration", arguments: ["train", "no.yaml"], words: ["no.yaml", "no such file"]),
+    Mistake(
+      what: "neither a configuration nor a run", arguments: ["train"], words: ["configuration", "--resume"],
+      status: 64),
+  ]
+
+  static let runs: [Mistake] = [
+    Mistake(
+      what: "resume of nothing", arguments: ["train", "--resume", "nothing"],
+      words: ["--resume", "nothing", "no run folder", "config.yaml"]),
+    Mistake(
+      what: "resume with another seed", arguments: ["train", "--resume", "run", "--set", "seed=2"],
+      words: ["seed", "fixed by the run", "only run.*", "start a new run"],
+      prepare: { try $0.train() }),
+  ]
+
+  static let others: [Mistake] = [
+    Mistake(
+      what: "verify a folder with nothing in it", arguments: ["verify", "empty"],
+      words: ["empty", "nothing to verify", "io/*.safetensors"], status: 2,
+      prepare: { try FileManager.default.createDirectory(at: $0["empty"], withIntermediateDirectories: true) }
+    ),
+    Mistake(
+      what: "verify no folder", arguments: ["verify", "nothing"], words: ["nothing", "no such folder"]),
+    Mistake(
+      what: "evaluate no model", arguments: ["evaluate", "nothing"], words: ["nothing", "no such model"]),
+    Mistake(
+      what: "evaluate one image a prompt", arguments: ["evaluate", Tool.fluxTiny.path, "--count", "1"],
+      words: ["--count", "at least 2", "got 1"], status: 64),
+    Mistake(
+      what: "evaluate an unknown split",
+      arguments: ["evaluate", Tool.fluxTiny.path, "--prompts", "prompts.jsonl", "--split", "trian"],
+      words: ["prompts.jsonl", "trian", "dev, test, train"]),
+    Mistake(
+      what: "evaluate by an unknown reward",
+      arguments: ["evaluate", Tool.fluxTiny.path, "--reward", "beauty"], words: ["\"beauty\"", "vivid"]),
+    Mistake(
+      what: "sample nothing", arguments: ["sample", Tool.fluxTiny.path, "-o", "a.png"],
+      words: ["--prompt", "--prompts"], status: 64),
+    Mistake(
+      what: "sample into no folder",
+      arguments: ["sample", Tool.fluxTiny.path, "--prompt", "a cat", "-o", "no/a.png"],
+      words: ["-o", "/no", "written"]),
+    Mistake(
+      what: "sample with an adapter of another model",
+      arguments: [
+        "sample", Tool.fluxMini.path, "--prompt", "a cat", "-o", "a.png", "--adapter",
+        Tool.root.appending(path: "Tests/Fixtures/parity/flux-lora-tiny").path,
+      ], words: ["pytorch_lora_weights.safetensors", "do not fit"]),
+    Mistake(
+      what: "sample an adapter that names no model",
+      arguments: [
+        "sample", Tool.root.appending(path: "Tests/Fixtures/parity/flux-lora-tiny").path, "--prompt", "a cat",
+        "-o", "a.png",
+      ], words: ["flux-lora-tiny", "--base"]),
+  ]
+
+  @Test(
+    "one clear message, the right exit code, nothing written",
+    arguments: models + configurations + runs + others)
+  func fails(_ mistake: Mistake) throws {
+    let scratch = try Scratch()
+    try scratch.configure()
+    try mistake.prepare(scratch)
+    let before = scratch.listing()
+    let result = try Tool.run(mistake.arguments, in: scratch)
+    #expect(result.status == mistake.status, "\(result.err)")
+    #expect(!result.killed)
+    #expect(result.out.isEmpty)
+    let lines = result.err.split(separator: "\n")
+    // 64: the parser's message goes on with the usage.
+    #expect(
+      mistake.status == 64 ? lines.first?.hasPrefix("Error: ") == true : lines.count == 1, "\(result.err)")
+    let message = mistake.status == 64 ? String(lines.first ?? "") : result.err
+    for word in mistake.words { #expect(message.contains(word), "\(word): \(message)") }
+    let after = scratch.listing()
+    #expect(after == before, "\(Set(after.keys).symmetricDifference(before.keys))")
+  }
+
+  @Test("a checkpoint cut off in the middle: the one before is used, and that is said")
+  func truncatedCheckpoint() throws {
+    let scratch = try Scratch()
+    try scratch.configure()
+    try scratch.train()
+    let whole = scratch.listing("run")
+    let file = "run/checkpoints/iteration-000002/training.safetensors"
+    let data = try scratch.data(file)
+    try scratch.write(data.prefix(data.count / 2), to: file)
+    let result = try Tool.run(["train", "--resume", "run"], in: scratch)
+    #expect(result.status == 0)
+    let warning = result.err.split(separator: "\n").first.map(String.init) ?? ""
+    for word in ["warning", "iteration-000002", "training.safetensors", "cut off", "before it is used"] {
+      #expect(warning.contains(word), "\(result.err)")
+    }
+    #expect(result.err.contains("iteration 2/2") && !result.err.contains("iteration 1/2"))
+    // Oracle: the run before the damage.
+    #expect(try scratch.data(file) == data)
+    let adapter = "adapter/pytorch_lora_weights.safetensors"
+    #expect(try scratch.data("run/\(adapter)") == #require(whole[adapter] ?? nil))
+  }
+
+  @Test("no checkpoint is whole: the run starts over, says so, and keeps the checkpoints it then writes")
+  func everyCheckpointDamaged() throws {
+    let scratch = try Scratch()
+    try scratch.configure(settings: "run: {iterations: 4, checkpointEvery: 1, keep: 2}")
+    try scratch.train()
+    for name in ["iteration-000003", "iteration-000004"] {
+      try scratch.write("", to: "run/checkpoints/\(name)/training.safetensors")
+    }
+    let result = try Tool.run(["train", "--resume", "run", "--set", "run.iterations=2"], in: scratch)
+    #expect(result.status == 0)
+    #expect(result.err.contains("iteration-000003") && result.err.contains("iteration-000004"))
+    #expect(result.err.contains("starting at iteration 0") && result.err.contains("iteration 1/2"))
+    // What LATEST names must be there, or a second stop would lose everything again.
+    let latest = try scratch.text("run/LATEST").trimmingCharacters(in: .newlines)
+    #expect(latest == "iteration-000002")
+    #expect(scratch.exists("run/checkpoints/\(latest)/state.json"))
+  }
+
+  @Test("verify: a row that fails is shown and exits 1")
+  func verifyFails() throws {
+    let scratch = try Scratch()
+    let io = Tool.root.appending(path: "Tests/Fixtures/parity/io")
+    for name in ["flux_pack.json", "flux_pack.safetensors"] {
+      try FileManager.default.createDirectory(at: scratch["data/io"], withIntermediateDirectories: true)
+      try scratch.copy(io.appending(path: name), to: "data/io/\(name)")
+    }
+    #expect(try Tool.run(["verify", "data"], in: scratch).status == 0)
+    try editSafetensors(scratch["data/io/flux_pack.safetensors"]) { header, data in
+      let entry = try #require(header["out.packed"] as? [String: Any])
+      let at = try #require(entry["data_offsets"] as? [Int])[0]
+      data[at + 3] ^= 0x80  // the sign of the first float32
+    }
+    let table = try Tool.run(["verify", "data"], in: scratch)
+    #expect(table.status == 1)
+    #expect(table.out.contains(try Regex(#"flux_pack packed .* fail"#)), "\(table.out)")
+    let result = try Tool.run(["verify", "data", "--json"], in: scratch)
+    #expect(result.status == 1)
+    let object = try result.json()
+    #expect(object["failed"] as? Int == 1)
+    let rows = try #require(object["rows"] as? [[String: Any]])
+    #expect(
+      rows.filter { $0["status"] as? String == "fail" }.map { $0["id"] as? String } == ["flux_pack packed"])
+  }
+}

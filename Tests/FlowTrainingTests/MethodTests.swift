@@ -1,0 +1,326 @@
+import ChunkGRPO
+import FlowModels
+import Foundation
+import Testing
+import Torch
+
+@testable import FlowTraining
+
+private let kinds: [StepKind] = [.flowSDE, .danceSDE, .cps]
+
+@Suite("rollout")
+struct RolloutTests {
+  // Equal inputs through the same functions: not a bit may differ, so there is no tolerance.
+  @Test("states and log-probabilities do not depend on the batch, bit for bit", arguments: [1, 2, 3, 4, 5])
+  func batches(_ batch: Int) throws {
+    let bench = try Bench()
+    let (whole, parts) = (try bench.rollout(), try bench.rollout(batch: batch))
+    #expect(try parts.states.floats() == whole.states.floats())
+    #expect(try parts.clean.floats() == whole.clean.floats())
+    #expect(parts.logProbabilities == whole.logProbabilities)
+  }
+
+  @Test("batches cover every row once, none above the limit unless a single row would be left")
+  func batchRanges() {
+    for count in 1...50 {
+      for limit in 1...50 {
+        let ranges = Array(Batches(count, of: limit))
+        #expect(ranges.flatMap { Array($0) } == Array(0..<count))
+        #expect(count == 1 || ranges.allSatisfy { $0.count >= 2 })
+        #expect(ranges.allSatisfy { $0.count <= max(limit, 3) })
+      }
+    }
+    #expect(Array(Batches(0, of: 4)).isEmpty)
+  }
+
+  // Hazard 3. The oracle is method.md's table, evaluated here: rounding of float32 states near 3 only.
+  @Test("the first step leaves σ = 1 by σ_1 in the denominator")
+  func firstStep() throws {
+    let bench = try Bench()
+    let t = try bench.rollout()
+    let first = (0..<bench.samples).map { (row: $0, step: 0) }
+    let next = Double(bench.table.schedule.sigmas[1])
+    #expect(bench.table.schedule.sigmas[0] == 1)
+    let g2 = 0.7 * 0.7 / (1 - next)
+    let delta = next - 1
+    let v = try withoutGrad { try bench.velocity(first, t) }
+    var noise = [Float](repeating: 0, count: 6 * 6 * 64)
+    noise.withUnsafeMutableBufferPointer { all in
+      for s in 0..<6 { Bench.noise(s, 0, UnsafeMutableBufferPointer(rebasing: all[(s * 384)..<((s + 1) * 384)])) }
+    }
+    let expected = try bench.initial * (1 + g2 * delta / 2) + v * delta
+      + Tensor(noise, shape: [6, 6, 64]) * (g2 * -delta).squareRoot()
+    #expect(relativeError(try t.states[1].doubles(), try expected.doubles()) < 1e-6)
+  }
+
+  @Test("the last step has no log-probability, and what is decoded is x − σ·v of the last pass", arguments: kinds)
+  func lastStep(_ kind: StepKind) throws {
+    let bench = try Bench(kind: kind)
+    let t = try bench.rollout()
+    #expect(t.states.shape == [7, 6, 6, 64])
+    #expect(t.logProbabilities.allSatisfy { $0.count == 5 && $0.allSatisfy(\.isFinite) })
+    #expect(Array(bench.table.schedule.sigmas.suffix(1)) == [0])
+    let last = (0..<bench.samples).map { (row: $0, step: 5) }
+    let v = try withoutGrad { try bench.velocity(last, t) }
+    let expected = try t.states[5] - v * Double(bench.table.schedule.sigmas[5])
+    #expect(try t.clean.floats() == expected.floats())
+  }
+
+  @Test("steps outside the window follow the ODE and have no log-probability")
+  func window() throws {
+    let bench = try Bench(window: 1..<3)
+    let t = try bench.rollout()
+    for values in t.logProbabilities { #expect(values.map(\.isNaN) == [true, false, false, true, true]) }
+    for step in [0, 3, 4, 5] {
+      let rows = (0..<bench.samples).map { (row: $0, step: step) }
+      let v = try withoutGrad { try bench.velocity(rows, t) }
+      let sigmas = bench.table.schedule.sigmas
+      let expected = try t.states[step] + v * Double(sigmas[step + 1] - sigmas[step])
+      // one float32 rounding of a coefficient apart
+      #expect(relativeError(try t.states[step + 1].doubles(), try expected.doubles()) < 1e-6)
+    }
+  }
+
+  // Hazard 2: bfloat16 has 8 bits; a float32 state has low bits that bfloat16 cannot hold.
+  @Test("trajectories are float32 when the network is bfloat16")
+  func float32States() throws {
+    let bench = try Bench(dtype: .bfloat16)
+    let t = try bench.rollout()
+    #expect(t.states.dtype == .float32 && t.clean.dtype == .float32)
+    #expect(try t.states[0].floats() == bench.initial.floats())
+    for i in 1...6 {
+      let values = try t.states[i].floats()
+      #expect(values.filter { $0.bitPattern & 0xFFFF == 0 }.count < values.count / 100)
+    }
+    // The stored log-probabilities are those of the stored states.
+    for i in 0..<5 {
+      let rows = [Int](repeating: i, count: 6)
+      let v = try withoutGrad { try bench.velocity((0..<6).map { ($0, i) }, t) }
+      #expect(v.dtype == .float32)
+      let residuals = try bench.table.meanSquaredResidual(
+        t.states[i + 1], try bench.table.mean(t.states[i], v, rows)
+      ).doubles()
+      for s in 0..<6 {
+        let replayed = bench.table.logProbability(meanSquaredResidual: residuals[s], step: i)
+        #expect(replayed == t.logProbabilities[s][i])
+      }
+    }
+  }
+
+  @Test("dynamics are ‖x' − x‖₁ / ‖x‖₁ of every trainable step (definition)")
+  func dynamics() throws {
+    let t = try Bench().rollout()
+    let d = try t.dynamics(.l1)
+    #expect(d.count == 6 && d.allSatisfy { $0.count == 5 })
+    let (a, b) = (try t.states[2][4].doubles(), try t.states[3][4].doubles())
+    let moved = zip(a, b).reduce(0) { $0 + abs($1.1 - $1.0) }
+    // sums of 384 Doubles in another order
+    #expect(abs(d[4][2] / (moved / a.reduce(0) { $0 + abs($1) }) - 1) < 1e-12)
+  }
+
+  @Test("beforeStep is asked before every pass and can stop the rollout")
+  func stops() throws {
+    struct Stop: Error {}
+    let bench = try Bench()
+    var sampler = Rollout(table: bench.table, guidance: 3.5, batch: 3)
+    final class Counter { var passes = 0 }
+    let counter = Counter()
+    sampler.beforeStep = {
+      counter.passes += 1
+      if counter.passes == 8 { throw Stop() }
+    }
+    #expect(throws: Stop.self) {
+      try sampler.sample(bench.network, initial: bench.initial, conditions: bench.conditions, noise: Bench.noise)
+    }
+    #expect(counter.passes == 8)
+  }
+}
+
+@Suite("policy update")
+struct PolicyUpdateTests {
+  /// Clipped and unclipped ratios of both signs, a sample without and one with few chunks.
+  private static let samples = [
+    UpdateSample(row: 0, advantage: 1.3, chunks: [(0..<2, 1), (2..<5, 1)]),
+    UpdateSample(row: 1, advantage: -0.7, chunks: [(2..<5, 2.5)]),
+    UpdateSample(row: 2, advantage: 0, chunks: [(0..<2, 1)]),
+    UpdateSample(row: 3, advantage: 0.4, chunks: [(0..<1, 0.5), (1..<3, 1), (3..<5, 2)]),
+    UpdateSample(row: 5, advantage: -2, chunks: [(0..<2, 1), (3..<5, 3)]),
+  ]
+
+  private static let everything = (0..<6).map {
+    UpdateSample(row: $0, advantage: $0 % 2 == 0 ? 1 : -1, chunks: [(0..<2, 1), (2..<5, 1)])
+  }
+
+  // Hazard 1: exactly 0 and exactly 1, no tolerance.
+  @Test(
+    "before the first update every ratio is 1 and the replay gap 0, exactly",
+    arguments: kinds, [1, 2, 3, 4, 7, 48])
+  func replay(_ kind: StepKind, _ microBatch: Int) throws {
+    let bench = try Bench(kind: kind)
+    for batch in [48, 4] {
+      let t = try bench.rollout(batch: batch)
+      let rule = bench.rule(microBatch: microBatch, ratio: .step)
+      try bench.transformer.modules.makeTrainable()
+      let report = try rule.accumulate(Self.everything, t, conditions: bench.conditions, first: true)
+      #expect(report.replayGap == 0 && report.replayGapAt == nil)
+      #expect(report.ratios == [Double](repeating: 1, count: 30))
+      #expect(report.clipped == 0)
+      for row in 0..<6 {
+        for steps in [[0], [3], [0, 1, 2, 3, 4]] {
+          let replayed = try rule.logProbabilities(row: row, steps: steps, t, conditions: bench.conditions)
+          #expect(replayed == steps.map { t.logProbabilities[row][$0] })
+        }
+      }
+    }
+  }
+
+  @Test("a replay that differs is reported with its size, row and step")
+  func replayGap() throws {
+    let bench = try Bench(trainable: true)
+    let t = try bench.rollout()
+    var old = t.logProbabilities
+    old[3][1] += 1e-4
+    old[4][2] -= 3e-4
+    let changed = Trajectories(states: t.states, clean: t.clean, logProbabilities: old)
+    for microBatch in [2, 48] {
+      let report = try bench.gradient(Self.everything, changed, microBatch: microBatch).report
+      #expect(report.replayGapAt?.row == 4 && report.replayGapAt?.step == 2)
+      #expect(abs(report.replayGap - 3e-4) < 1e-12)  // a difference of Doubles near 1
+    }
+    let later = try bench.rule(microBatch: 48)
+      .accumulate(Self.everything, changed, conditions: bench.conditions, first: false)
+    #expect(later.replayGap == 0)  // measured before the first update only
+  }
+
+  // Oracle: method.md's objective, min(r·A, clip(r)·A), in one autograd graph. 2.5e-6 is the rounding of float32
+  // sums in another order, method.md "The update".
+  @Test(
+    "gradients in micro-batches equal those of the literal objective in one graph",
+    arguments: RatioKind.allCases, [1, 3, 48])
+  func literal(_ ratio: RatioKind, _ microBatch: Int) throws {
+    let bench = try Bench(trainable: true)
+    let t = try bench.rollout()
+    // Both inside and outside the clip range, as the check below demands.
+    for (size, clip) in [(0.0, ClipRange(low: 5e-5, high: 5e-5)), (2e-3, ClipRange(low: 1e-4, high: 3e-4))] {
+      try bench.perturb(by: size)
+      let expected = try bench.literal(Self.samples, t, ratio: ratio, clip: clip)
+      let got = try bench.gradient(Self.samples, t, microBatch: microBatch, ratio: ratio, clip: clip)
+      #expect(got.values.count == expected.gradient.count && got.values.contains { $0 != 0 })
+      #expect(relativeError(got.values, expected.gradient) < 2.5e-6)
+      if size > 0 {
+        let moved = got.report.ratios.filter { abs($0 - 1) > 5e-5 }.count
+        #expect(moved > 0 && got.report.clipped > 0 && got.report.clipped < got.report.ratios.count)
+        // The literal ratios list the sample without advantage too, which costs no pass here.
+        let passed = expected.ratios.count - [RatioKind.step: 2, .chunk: 1, .sequence: 1][ratio]!
+        #expect(got.report.ratios.count == passed)
+        // float32 log p against float64: 2e-6 as in the parity contract
+        #expect(abs(got.report.objective - expected.value) < 2e-6)
+      } else {
+        #expect(got.report.ratios.allSatisfy { $0 == 1 })
+      }
+    }
+  }
+
+  @Test("ratios after a change of weights are those of the definition", arguments: RatioKind.allCases)
+  func ratios(_ ratio: RatioKind) throws {
+    let bench = try Bench(trainable: true)
+    let t = try bench.rollout()
+    try bench.perturb(by: 1e-2)
+    let active = Self.samples.filter { $0.advantage != 0 }
+    let clip = ClipRange(low: 1e-3, high: 1e-3)
+    let expected = try bench.literal(active, t, ratio: ratio, clip: clip)
+    let got = try bench.gradient(active, t, microBatch: 4, ratio: ratio, clip: clip).report
+    #expect(got.ratios.count == expected.ratios.count)
+    #expect(expected.ratios.contains { abs($0 - 1) > 1e-3 })
+    for (a, b) in zip(got.ratios, expected.ratios) { #expect(abs(a - b) < 2e-6) }  // parity contract
+  }
+
+  // Hazard 5: the same numbers in the same order, so no tolerance.
+  @Test("chunks of one step are step-level GRPO bit for bit, before and after an update")
+  func singleSteps() throws {
+    let bench = try Bench(trainable: true)
+    let t = try bench.rollout()
+    func samples(_ chunks: [(steps: Range<Int>, weight: Double)]) -> [UpdateSample] {
+      (0..<6).map { UpdateSample(row: $0, advantage: Double($0) - 2.5, chunks: chunks) }
+    }
+    let ones = samples((0..<5).map { ($0..<($0 + 1), 1) })
+    let grouped = samples([(0..<2, 2), (2..<5, 3)])
+    for _ in 0..<2 {
+      let chunk = try bench.gradient(ones, t, microBatch: 10, ratio: .chunk)
+      let step = try bench.gradient(ones, t, microBatch: 10, ratio: .step)
+      let weighted = try bench.gradient(grouped, t, microBatch: 10, ratio: .step)
+      #expect(chunk.values == step.values && chunk.report.ratios == step.report.ratios)
+      #expect(weighted.values == step.values && weighted.report.ratios == step.report.ratios)
+      try bench.perturb(by: 1e-4)
+    }
+  }
+
+  // Hazard 5. Linear in the step gradients, so only float32 sums differ.
+  @Test("at ratio 1 a chunk's gradient is the mean of its steps', chunks by weight")
+  func meanOfSteps() throws {
+    let bench = try Bench(trainable: true)
+    let t = try bench.rollout()
+    func gradient(_ chunks: [(steps: Range<Int>, weight: Double)]) throws -> [Double] {
+      let sample = UpdateSample(row: 1, advantage: 1.7, chunks: chunks)
+      return try bench.gradient([sample], t, microBatch: 48).values
+    }
+    let whole = try gradient([(0..<2, 1), (2..<5, 3)])
+    let each = try (0..<5).map { try gradient([($0..<($0 + 1), 1)]) }
+    let shares = [1.0 / 8, 1.0 / 8, 3.0 / 12, 3.0 / 12, 3.0 / 12]
+    let expected = whole.indices.map { p in zip(shares, each).reduce(0) { $0 + $1.0 * $1.1[p] } }
+    #expect(relativeError(whole, expected) < 2.5e-6)
+  }
+
+  @Test("samples without advantage count in S, cost no pass and add nothing")
+  func zeroAdvantage() throws {
+    let bench = try Bench(trainable: true)
+    let t = try bench.rollout()
+    let some = Array(Self.everything[..<4])
+    let idle = (4..<6).map { UpdateSample(row: $0, advantage: 0, chunks: [(0..<5, 1)]) }
+    let few = try bench.gradient(some, t, microBatch: 48).values
+    let more = try bench.gradient(some + idle, t, microBatch: 48).values
+    // Coefficients are rounded to float32 once, gradients follow: 1e-6.
+    #expect(relativeError(more.map { $0 * 6 / 4 }, few) < 1e-6)
+
+    for microBatch in [3, 48] {
+      let counting = CountingModel(FluxFlowModel(bench.transformer, grid: Bench.grid))
+      let rule = PolicyUpdate(
+        network: TimedNetwork(counting), table: bench.table, guidance: 3.5, microBatch: microBatch,
+        ratio: .chunk, clip: ClipRange(low: 5e-5, high: 5e-5))
+      let none = try rule.accumulate(idle, t, conditions: bench.conditions, first: true)
+      #expect(counting.passes.isEmpty && none.ratios.isEmpty && none.objective == 0)
+      #expect(try bench.takeGradient().isEmpty)
+      _ = try rule.accumulate(some + idle, t, conditions: bench.conditions, first: true)
+      // One pass over 4 × 5 steps, or one to learn the ratios and one to differentiate.
+      #expect(counting.passes.reduce(0, +) == (microBatch == 48 ? 20 : 40))
+      #expect(counting.passes.allSatisfy { $0 <= microBatch })
+      _ = try bench.takeGradient()
+    }
+  }
+
+  // The oracle is a finite difference of the objective itself; truncation and float32 rounding leave 1 %.
+  @Test("the gradient is the derivative of the objective (finite difference)")
+  func finiteDifference() throws {
+    let bench = try Bench(trainable: true)
+    let t = try bench.rollout()
+    let samples = [UpdateSample(row: 0, advantage: 1, chunks: [(0..<2, 1), (2..<5, 1)])]
+    let wide = ClipRange(low: 10, high: 10)
+    let gradient = try bench.gradient(samples, t, microBatch: 48, clip: wide).values
+    let direction = try bench.transformer.modules.parameters.flatMap {
+      try Bench.normals($0.tensor.shape, $0.key).doubles()
+    }
+    // accumulate() adds −∇objective, in the order of the parameters that have a gradient: all of them
+    try #require(direction.count == gradient.count)
+    let slope = -zip(gradient, direction).reduce(0) { $0 + $1.0 * $1.1 }
+    let h = 1e-3
+    func value() throws -> Double {
+      let report = try bench.gradient(samples, t, microBatch: 48, clip: wide).report
+      return report.objective
+    }
+    try bench.perturb(by: h)
+    let up = try value()
+    try bench.perturb(by: -2 * h)
+    let down = try value()
+    #expect(abs((up - down) / (2 * h) / slope - 1) < 1e-2)
+  }
+}
