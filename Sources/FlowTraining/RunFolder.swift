@@ -44,9 +44,8 @@ public struct RunFolder: Sendable {
     try requireNew()
     let files = FileManager.default
     do {
-      for folder in [url, samples, checkpoints] {
-        try files.createDirectory(at: folder, withIntermediateDirectories: true)
-      }
+      // The configuration first: from then on the folder is a run that can be resumed.
+      try files.createDirectory(at: url, withIntermediateDirectories: true)
       try AtomicFile.write(Data(configuration.yaml().utf8), to: configFile)
     } catch {
       throw RunError(
@@ -67,6 +66,17 @@ public struct RunFolder: Sendable {
       return underlying.localizedDescription
     }
     return error is CocoaError ? error.localizedDescription : "\(error)"
+  }
+
+  /// Removes what killed writes left: temporary files and unfinished checkpoints.
+  func removeLeftovers() {
+    let files = FileManager.default
+    for name in (try? files.subpathsOfDirectory(atPath: url.path)) ?? [] {
+      let last = URL(filePath: name).lastPathComponent
+      if last.hasPrefix(".unfinished-") || last.contains(".tmp-") {
+        try? files.removeItem(at: url.appending(path: name))
+      }
+    }
   }
 
   // MARK: metrics

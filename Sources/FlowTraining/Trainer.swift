@@ -359,6 +359,7 @@ public final class Trainer {
   /// A labelled grid of fixed prompts and noise.
   private func draw(name: Int) throws {
     let count = 4
+    try FileManager.default.createDirectory(at: folder.samples, withIntermediateDirectories: true)
     let images = try engine.draw(
       fixedPrompts.map(\.text), count: count, steps: configuration.sampling.steps, seed: configuration.seed,
       check: Interruption.check)
@@ -392,20 +393,25 @@ public final class Trainer {
   }
 
   private func save() throws {
-    let model = URL(filePath: configuration.model).appending(path: "transformer/config.json")
     try folder.save(iteration: iteration, update: update, keep: configuration.run.keep) { target in
       try Safetensors.write(
         try snapshot(), metadata: ["iteration": String(iteration)],
         to: target.appending(path: "training.safetensors"))
-      try policy.export(to: target, config: model)
+      try policy.export(to: target, config: transformerConfig)
       try AtomicFile.write(Data(configuration.yaml().utf8), to: target.appending(path: "config.yaml"))
     }
-    try policy.export(to: folder.adapter, config: model)
+    try exportAdapter()
     saved = iteration
     report(.checkpoint("iteration \(iteration)"))
   }
 
+  private var transformerConfig: URL {
+    URL(filePath: configuration.model).appending(path: "transformer/config.json")
+  }
+  private func exportAdapter() throws { try policy.export(to: folder.adapter, config: transformerConfig) }
+
   private func restore() throws {
+    folder.removeLeftovers()
     let (found, warnings) = folder.newestCheckpoint()
     for warning in warnings { report(.warning(warning)) }
     guard let found else {
@@ -419,6 +425,8 @@ public final class Trainer {
     iteration = found.state.iteration
     saved = iteration
     try folder.truncateMetrics(after: iteration)
+    // A kill may have come between the checkpoint and the adapter.
+    try exportAdapter()
   }
 }
 

@@ -27,11 +27,15 @@ struct LoRAFileTests {
 
   /// Makes B of every layer non-zero, so that the adapter shows.
   private func stir(_ adapter: LoRAAdapter) throws {
-    for (path, layer) in adapter.layers { try layer.up.copy(from: Fixtures.normals(layer.up.shape, path) * 0.1) }
+    for (path, layer) in adapter.layers {
+      try layer.up.copy(from: Fixtures.normals(layer.up.shape, path) * 0.1)
+    }
   }
 
   // B = 0: adding a zero product changes no bit, so no tolerance.
-  @Test("a fresh adapter leaves the output as it was, bit for bit", arguments: [["to_q", "to_v"], ["all-linear"]])
+  @Test(
+    "a fresh adapter leaves the output as it was, bit for bit",
+    arguments: [["to_q", "to_v"], ["all-linear"]])
   func freshIsBase(_ targets: [String]) throws {
     let adapter = try fresh(targets)
     #expect(try adapter.layers.values.contains { try $0.down.floats().contains { $0 != 0 } })
@@ -60,7 +64,8 @@ struct LoRAFileTests {
   }
 
   // Alpha folded into B rounds once where scale · B rounded once before: 1e-6 of the largest output.
-  @Test("written and read again it gives the same output; alpha/rank is folded into B", arguments: [3.0, 4, 8])
+  @Test(
+    "written and read again it gives the same output; alpha/rank is folded into B", arguments: [3.0, 4, 8])
   func roundTrip(_ alpha: Double) throws {
     let adapter = try fresh(["to_q", "to_k", "to_v", "to_out.0", "proj_mlp"], alpha: alpha)
     try stir(adapter)
@@ -103,7 +108,9 @@ struct LoRAFileTests {
   }
 
   /// The fixture's tensors with other metadata.
-  private func write(_ metadata: [String: String], _ change: (inout [String: Tensor]) throws -> Void = { _ in })
+  private func write(
+    _ metadata: [String: String], _ change: (inout [String: Tensor]) throws -> Void = { _ in }
+  )
     throws -> URL
   {
     let source = try SafetensorsFile(Fixtures.lora)
@@ -164,7 +171,8 @@ struct LoRAFileTests {
       $0["text_encoder.a.lora_A.weight"] = try Tensor.zeros([4, 32])
     }
     let text = message { _ = try read(file) }
-    #expect(text.contains("3 keys fit no layer of the model") && text.contains("transformer_blocks.7.attn.to_q"))
+    #expect(
+      text.contains("3 keys fit no layer of the model") && text.contains("transformer_blocks.7.attn.to_q"))
     #expect(text.contains("text_encoder.a.lora_A.weight") && text.contains("adapter.safetensors"))
     #expect(network.modules.linears.values.allSatisfy { $0.adapter == nil })
   }
@@ -179,7 +187,8 @@ struct LoRAFileTests {
     file = try write([:]) { $0[stem + ".lora_B.weight"] = nil }
     #expect(message { _ = try read(file) }.contains("no tensor \(stem).lora_B.weight"))
     file = try write([:]) { $0[stem + ".lora_A.weight"] = nil }
-    #expect(message { _ = try read(file) }.contains("1 keys fit no layer of the model (\(stem).lora_B.weight)"))
+    #expect(
+      message { _ = try read(file) }.contains("1 keys fit no layer of the model (\(stem).lora_B.weight)"))
     file = try write([:]) { $0[stem + ".lora_B.weight"] = try Tensor.full([32, 4], .nan) }
     #expect(message { _ = try read(file) }.contains("attn.to_q: NaN or infinite values"))
     file = try write([:]) { $0 = [:] }

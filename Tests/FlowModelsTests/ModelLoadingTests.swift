@@ -110,8 +110,9 @@ struct ModelLoadingTests {
       $0["text_model.final_layer_norm.bias"] = try Tensor.zeros([1])
     }
     let text = load()
-    for expected in ["not set (\(part.key))", "another shape (text_model.final_layer_norm.bias", "not used (stray)"]
-    { #expect(text.contains(expected)) }
+    for expected in [
+      "not set (\(part.key))", "another shape (text_model.final_layer_norm.bias", "not used (stray)",
+    ] { #expect(text.contains(expected)) }
   }
 
   @Test("a shard that is cut off")
@@ -159,7 +160,8 @@ struct ModelLoadingTests {
     #expect(load().contains("has the wrong type"))
     try edit("transformer/config.json", "\"num_layers\": \"two\"", "\"num_layers\": 2")
     try edit("transformer/config.json", "\"attention_head_dim\": 16", "\"attention_head_dim\": 8")
-    #expect(load().contains("axes_dims_rope [4, 6, 6] must be three even sizes with sum attention_head_dim 8"))
+    #expect(
+      load().contains("axes_dims_rope [4, 6, 6] must be three even sizes with sum attention_head_dim 8"))
   }
 
   @Test("a scheduler option this version does not compute")
@@ -169,7 +171,8 @@ struct ModelLoadingTests {
     #expect(text.contains("scheduler_config.json") && text.contains("use_karras_sigmas"))
   }
 
-  @Test("sizes that are not multiples of a token", arguments: [(40, 64), (64, 40), (0, 64), (64, -16), (8, 8)])
+  @Test(
+    "sizes that are not multiples of a token", arguments: [(40, 64), (64, 40), (0, 64), (64, -16), (8, 8)])
   func resolution(_ height: Int, _ width: Int) throws {
     let pipeline = try FluxPipeline(model)
     let text = message { _ = try pipeline.grid(height: height, width: width) }
@@ -226,7 +229,8 @@ struct FluxTransformerTests {
     if !adapter { try network.modules.makeTrainable() }
     let whole = try inputs.velocity(network)
     for n in [2, 3, 5, 7, 16, 31, 33] {
-      #expect(try inputs.velocity(network, first: n) == Array(whole[..<(n * whole.count / 48)]), "batch of \(n)")
+      #expect(
+        try inputs.velocity(network, first: n) == Array(whole[..<(n * whole.count / 48)]), "batch of \(n)")
     }
   }
 
@@ -236,7 +240,9 @@ struct FluxTransformerTests {
     let network = try Fixtures.transformer()
     let whole = try inputs.velocity(network)
     let order = try Tensor([Int64(3), 0, 5, 1, 4, 2])
-    let condition = Condition([try inputs.text.indexSelect(0, order), try inputs.pooled.indexSelect(0, order)])
+    let condition = Condition([
+      try inputs.text.indexSelect(0, order), try inputs.pooled.indexSelect(0, order),
+    ])
     let shuffled = try withoutGrad {
       try FluxFlowModel(network, grid: inputs.grid).velocity(
         inputs.latents.indexSelect(0, order), times: inputs.times.indexSelect(0, order), condition: condition,

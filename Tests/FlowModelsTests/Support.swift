@@ -72,12 +72,15 @@ struct TinyInputs {
   }
 
   /// The velocity of the first `count` rows in one pass.
-  func velocity(_ network: FluxTransformer, first count: Int? = nil, guidance: Double? = 3.5) throws -> [Float] {
+  func velocity(_ network: FluxTransformer, first count: Int? = nil, guidance: Double? = 3.5) throws
+    -> [Float]
+  {
     let rows = 0..<(count ?? latents.size(0))
     let condition = Condition([try text[rows], try pooled[rows]])
     return try withoutGrad {
       try FluxFlowModel(network, grid: grid)
-        .velocity(try latents[rows], times: try times[rows], condition: condition, guidance: guidance).floats()
+        .velocity(try latents[rows], times: try times[rows], condition: condition, guidance: guidance)
+        .floats()
     }
   }
 }

@@ -208,6 +208,7 @@ struct EvaluationTests {
     try Data("hello".utf8).write(to: fake)
     let found = try reference(fake.path, base: shop.configuration.model)
     #expect(message { _ = try found.load() }.contains("too short for a safetensors file"))
-    #expect(message { _ = try ModelReference(fake.path, base: scratch.url.path) }.contains("no model_index.json"))
+    #expect(
+      message { _ = try ModelReference(fake.path, base: scratch.url.path) }.contains("no model_index.json"))
   }
 }

@@ -46,8 +46,8 @@ final class Bench {
     stream.fillNormal(out)
   }
 
-  func rollout(batch: Int = 48) throws -> Trajectories {
-    try Rollout(table: table, guidance: 3.5, batch: batch)
+  func rollout(batch: Int = 48, fillsRows: Bool = false) throws -> Trajectories {
+    try Rollout(table: table, guidance: 3.5, batch: batch, fillsRows: fillsRows)
       .sample(network, initial: initial, conditions: conditions, noise: Bench.noise)
   }
 

@@ -81,7 +81,8 @@ final class Workshop {
   func trained(_ name: String) throws -> Data {
     let adapter = folder(name).appending(path: "adapter")
     let file = try #require(
-      try FileManager.default.contentsOfDirectory(atPath: adapter.path).first { $0.hasSuffix(".safetensors") })
+      try FileManager.default.contentsOfDirectory(atPath: adapter.path).first { $0.hasSuffix(".safetensors") }
+    )
     return try Data(contentsOf: adapter.appending(path: file))
   }
 

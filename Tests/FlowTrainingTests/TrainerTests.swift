@@ -11,7 +11,8 @@ struct TrainerTests {
   let shop: Workshop
   init() throws { shop = try Workshop() }
 
-  @Test("metrics rows have the contract's keys; replay is exact; weights move (oracle: config.md, Run folder)")
+  @Test(
+    "metrics rows have the contract's keys; replay is exact; weights move (oracle: config.md, Run folder)")
   func metrics() throws {
     let warnings = try shop.train("run") {
       ($0.run.samplesEvery, $0.run.evaluateEvery) = (2, 2)
@@ -210,14 +211,16 @@ struct TrainerTests {
     #expect(!ups.isEmpty)
     #expect(try ups.allSatisfy { try trained.require($0).floats().allSatisfy { $0 == 0 } })
     let moments = trained.names.filter { $0.hasPrefix("optimizer.") }
-    #expect(try !moments.isEmpty && moments.allSatisfy { try trained.require($0).floats().allSatisfy { $0 == 0 } })
+    #expect(
+      try !moments.isEmpty && moments.allSatisfy { try trained.require($0).floats().allSatisfy { $0 == 0 } })
   }
 
   @Test("several rewards: each has its key, reward_mean is their weighted sum")
   func severalRewards() throws {
     try shop.train("run") {
       $0.rewards = [
-        Configuration.Reward(name: "vivid", weight: 2), Configuration.Reward(name: "colourfulness", weight: -0.5),
+        Configuration.Reward(name: "vivid", weight: 2),
+        Configuration.Reward(name: "colourfulness", weight: -0.5),
       ]
       $0.aggregate = .normalised
       $0.run.iterations = 1
@@ -245,28 +248,33 @@ struct TrainerTests {
 
   @Test("prompts longer than the encoders' limit are counted in one warning")
   func longPrompts() throws {
-    let file = shop.folder("prompts.jsonl")
     let long = (0..<40).map { "word\($0)" }.joined(separator: " ")
     try Data("a cat\n\(long)\n\(long) \(long)\n".utf8).write(to: shop.folder("prompts.txt"))
-    #expect(FileManager.default.fileExists(atPath: file.path))
     let warnings = try shop.train("run") {
       ($0.prompts.file, $0.prompts.split) = (shop.folder("prompts.txt").path, "all")
       $0.run.iterations = 1
     }
     #expect(warnings.count == 1)
-    #expect(warnings.first?.hasPrefix("2 prompts exceed the text encoders' limit and were truncated, by up to") == true)
+    #expect(
+      warnings.first?.hasPrefix("2 prompts exceed the text encoders' limit and were truncated, by up to")
+        == true)
   }
 
   @Test("what cannot work is refused before the first rollout")
   func refused() throws {
     #expect(message { try shop.train("a") { $0.sampling.width = 40 } }.contains("multiples of 16"))
     #expect(message { try shop.train("b") { $0.sampling.guidance = nil } }.contains("sampling.guidance"))
-    #expect(message { try shop.train("c") { $0.trainable.targets = ["query"] } }.contains("no linear layer matches"))
-    #expect(message { try shop.train("d") { $0.rewards = [.init(name: "beauty")] } }.contains("no reward \"beauty\""))
+    #expect(
+      message { try shop.train("c") { $0.trainable.targets = ["query"] } }.contains("no linear layer matches")
+    )
+    #expect(
+      message { try shop.train("d") { $0.rewards = [.init(name: "beauty")] } }.contains(
+        "no reward \"beauty\""))
     #expect(message { try shop.train("e") { $0.chunk.plan = "list:2,3" } }.contains("cover 5 steps"))
     #expect(message { try shop.train("f") { $0.model = "/nowhere" } }.contains("no such folder"))
     for name in ["a", "b", "c", "d", "e", "f"] {
-      #expect(!FileManager.default.fileExists(atPath: shop.folder(name).appending(path: "metrics.jsonl").path))
+      #expect(
+        !FileManager.default.fileExists(atPath: shop.folder(name).appending(path: "metrics.jsonl").path))
     }
   }
 

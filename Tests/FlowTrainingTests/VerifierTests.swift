@@ -100,7 +100,8 @@ struct VerifierTests {
     }
   }
 
-  @Test("models of later versions are unsupported, not failures", arguments: ["sd3_pipeline", "sd3_transformer"])
+  @Test(
+    "models of later versions are unsupported, not failures", arguments: ["sd3_pipeline", "sd3_transformer"])
   func unsupported(_ id: String) throws {
     let row = try #require(try Self.reference.get()?.rows.first { $0.id == id })
     #expect(row.status == .unsupported && row.error == nil && row.note != nil)
@@ -134,7 +135,8 @@ struct VerifierTests {
     }
     let target = source == from ? scratch.url : scratch.path("io")
     try rewrite(
-      source.appending(path: "\(name).safetensors"), to: target.appending(path: "\(name).safetensors"), change)
+      source.appending(path: "\(name).safetensors"), to: target.appending(path: "\(name).safetensors"), change
+    )
     return scratch
   }
 

@@ -114,7 +114,7 @@ struct AdamWTests {
     #expect(abs(got - norm) <= 2e-7 * norm, "the norm before")
     let factor = c.maxNorm / (norm + 1e-6)
     for (name, leaf) in leaves {
-      let clipped = try leaf.grad()!.floats()
+      let clipped = try #require(try leaf.grad()).floats()
       if factor >= 1 {
         #expect(clipped == gradients[name]!, "left as they are, bit for bit")
       } else {
@@ -161,7 +161,7 @@ struct AdamWTests {
     struct Absent: Error {}
     let optimizer = try AdamW(["a": try Grid(2).leaf(.float32)], options)
     #expect(throws: Absent.self) { try optimizer.restore { _ in throw Absent() } }
-    let error = try #require(throws: TorchError.self) { try optimizer.restore { _ in try Tensor.zeros([3]) } }
-    #expect(error.operation == "copy" && error.operands.last == "float32[3]")
+    let error = try #require(throws: TorchError.self) { try optimizer.restore { _ in try Tensor.zeros([1]) } }
+    #expect(error.operation == "copy" && error.operands.last == "float32[1]", "broadcasting is not restoring")
   }
 }

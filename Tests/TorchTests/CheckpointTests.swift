@@ -37,7 +37,7 @@ struct CheckpointTests {
           ]))
     #expect("\(error)" == "\(folder.url.path): \(error.problems.joined(separator: "; "))")
     let rest = try #require(throws: CheckpointError.self) { try checkpoint.finish { $0.hasPrefix("extra.") } }
-    #expect(rest.problems == [error.problems[0], error.problems[1], error.problems[3]])
+    #expect(rest.problems == error.problems.filter { !$0.hasPrefix("2 keys") })
   }
 
   @Test("a long list is cut at twelve and still counted")
