@@ -15,6 +15,7 @@
 #include <cmath>
 #include <cstring>
 #include <exception>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -137,8 +138,13 @@ int32_t ctorch_from_data(ctorch_tensor *out, const void *data, int32_t type, con
 int32_t ctorch_from_memory(ctorch_tensor *out, void *data, int32_t type, const int64_t *sizes, int32_t rank,
                            void (*release)(void *), void *context) {
   return guarded([&] {
-    *out = wrap(at::from_blob(data, ints(sizes, rank), [release, context](void *) { release(context); },
-                              at::TensorOptions().dtype(dtype(type))));
+    // A from_blob that throws may still run its deleter: the memory is handed over only when it has not.
+    auto taken = std::make_shared<bool>(false);
+    auto free = [=](void *) {
+      if (*taken) release(context);
+    };
+    *out = wrap(at::from_blob(data, ints(sizes, rank), free, at::TensorOptions().dtype(dtype(type))));
+    *taken = true;
   });
 }
 int32_t ctorch_full(ctorch_tensor *out, const int64_t *sizes, int32_t rank, double value, int32_t type, int32_t device,
@@ -152,7 +158,7 @@ int32_t ctorch_arange(ctorch_tensor *out, double start, double end, double step,
 }
 int32_t ctorch_read(ctorch_tensor t, void *destination, size_t bytes) {
   return guarded([&] {
-    Tensor c = unwrap(t).detach().to(at::kCPU).contiguous();
+    Tensor c = unwrap(t).detach().to(at::kCPU).resolve_conj().contiguous();
     TORCH_CHECK(c.nbytes() == bytes, "tensor holds ", c.nbytes(), " bytes, buffer ", bytes);
     std::memcpy(destination, c.data_ptr(), bytes);
   });
@@ -266,17 +272,14 @@ int32_t ctorch_pad(ctorch_tensor *out, ctorch_tensor a, const int64_t *padding, 
   return guarded([&] { *out = wrap(at::constant_pad_nd(unwrap(a), ints(padding, count), value)); });
 }
 
-#define DEFINE_REDUCTION(op, all, some)                                                                          \
+#define DEFINE_REDUCTION(op)                                                                                     \
   int32_t ctorch_##op(ctorch_tensor *out, ctorch_tensor t, const int64_t *dims, int32_t count, bool keep) {      \
-    return guarded([&] {                                                                                         \
-      const Tensor &a = unwrap(t);                                                                               \
-      *out = wrap(count == 0 ? (all) : (some));                                                                  \
-    });                                                                                                          \
+    return guarded([&] { *out = wrap(at::op(unwrap(t), ints(dims, count), keep)); });                            \
   }
-DEFINE_REDUCTION(sum, a.sum(), a.sum(ints(dims, count), keep))
-DEFINE_REDUCTION(mean, a.mean(), a.mean(ints(dims, count), keep))
-DEFINE_REDUCTION(amax, a.amax(), a.amax(ints(dims, count), keep))
-DEFINE_REDUCTION(amin, a.amin(), a.amin(ints(dims, count), keep))
+DEFINE_REDUCTION(sum)
+DEFINE_REDUCTION(mean)
+DEFINE_REDUCTION(amax)
+DEFINE_REDUCTION(amin)
 int32_t ctorch_var(ctorch_tensor *out, ctorch_tensor a, const int64_t *dims, int32_t count, double correction, bool keep) {
   return guarded([&] {
     at::OptionalIntArrayRef which;

@@ -66,6 +66,10 @@ public enum Foreach {
     parameters: [Tensor], gradients: [Tensor], means: [Tensor], squares: [Tensor], steps: [Tensor],
     learningRate: Double, betas: (Double, Double), weightDecay: Double, epsilon: Double
   ) throws(TorchError) {
+    guard [gradients, means, squares, steps].allSatisfy({ $0.count == parameters.count }) else {
+      throw TorchError(
+        "adamW", "\(parameters.count) parameters need as many gradients, means, squares and steps")
+    }
     let status = withHandles(parameters) { p, n in
       withHandles(gradients) { g, _ in
         withHandles(means) { m, _ in

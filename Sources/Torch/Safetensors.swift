@@ -44,7 +44,9 @@ public struct SafetensorsFile: Sendable {
     guard let object = try? JSONSerialization.jsonObject(with: Data(bytes[8..<data])),
       var header = object as? [String: Any]
     else { throw bad("header is not a JSON object: not a safetensors file") }
-    metadata = header.removeValue(forKey: "__metadata__") as? [String: String] ?? [:]
+    let notes = header.removeValue(forKey: "__metadata__") ?? [String: String]()
+    guard let notes = notes as? [String: String] else { throw bad("__metadata__ must map names to strings") }
+    metadata = notes
     var entries: [String: Entry] = [:]
     for (name, value) in header {
       guard let fields = value as? [String: Any], let typeName = fields["dtype"] as? String,
@@ -56,16 +58,19 @@ public struct SafetensorsFile: Sendable {
       }
       var expected = dtype.size
       for side in shape {
-        let (product, overflow) = expected.multipliedReportingOverflow(by: side)
+        // Zeros aside: libtorch's strides overflow in an empty tensor too.
+        let (product, overflow) = expected.multipliedReportingOverflow(by: max(side, 1))
         guard !overflow else { throw bad("entry \(name): shape \(shape) is too large") }
         expected = product
       }
+      if shape.contains(0) { expected = 0 }
       guard offsets[0] >= 0, offsets[1] >= offsets[0], offsets[1] - offsets[0] == expected else {
         throw bad("entry \(name): \(typeName)\(shape) needs \(expected) bytes, offsets are \(offsets)")
       }
       guard offsets[1] <= bytes.count - data else {
         throw bad(
-          "truncated: \(name) ends at byte \(data + offsets[1]), the file at \(bytes.count); fetch it again")
+          "truncated: \(name) ends at byte \(offsets[1]) of the data, of which there are \(bytes.count - data); "
+            + "fetch it again")
       }
       entries[name] = Entry(dtype: dtype, shape: shape, offset: data + offsets[0])
     }
@@ -139,6 +144,9 @@ public enum Safetensors {
   public static func write(
     _ tensors: [String: Tensor], metadata: [String: String] = [:], to url: URL
   ) throws {
+    guard tensors["__metadata__"] == nil else {
+      throw SafetensorsError(path: url.path, reason: "__metadata__ is not a name for a tensor")
+    }
     // The order of the reference library: widest dtype first, then by name.
     let order = tensors.sorted { ($1.value.dtype.size, $0.key) < ($0.value.dtype.size, $1.key) }
     var header: [String: Any] = [:]

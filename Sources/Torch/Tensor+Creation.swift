@@ -3,7 +3,7 @@ import CTorch
 extension Tensor {
   /// Copies `values`, row-major, into a new CPU tensor of `shape`.
   public convenience init<S: TorchScalar>(_ values: [S], shape: [Int]) throws(TorchError) {
-    guard values.count == shape.reduce(1, *) else {
+    guard values.count == shape.reduce(1, &*) else {
       throw TorchError("Tensor", "\(values.count) values do not fill shape \(shape)")
     }
     var out: ctorch_tensor?

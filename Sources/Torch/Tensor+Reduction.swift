@@ -43,6 +43,7 @@ extension Tensor {
   }
   /// Whether every element is finite.
   public func allFinite() throws(TorchError) -> Bool {
-    try isFinite().to(.uint8).amin().item() == 1
+    if count == 0 { return true }
+    return try isFinite().to(.uint8).amin().item() == 1
   }
 }

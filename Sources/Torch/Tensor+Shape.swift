@@ -33,8 +33,8 @@ extension Tensor {
   }
   /// Equal parts of dimension `dim`, without a copy.
   public func chunk(_ parts: Int, _ dim: Int) throws(TorchError) -> [Tensor] {
-    let total = size(dim)
-    guard parts > 0, total % parts == 0 else {
+    let total = (-rank..<rank).contains(dim) ? size(dim) : -1
+    guard parts > 0, total >= 0, total % parts == 0 else {
       throw TorchError("chunk", "dimension \(dim) does not split into \(parts)", operands: [summary])
     }
     var result: [Tensor] = []

@@ -18,6 +18,10 @@ public func attention(
   _ q: Tensor, _ k: Tensor, _ v: Tensor, kernel: AttentionKernel = .auto
 ) throws(TorchError) -> Tensor {
   let s = q.shape
+  guard s.count == 4 else {
+    throw TorchError(
+      "attention", "expected [B, H, S, D]", operands: [q, k, v].map { "\($0.dtype)\($0.shape)" })
+  }
   let (batch, heads, tokens, size) = (s[0], s[1], s[2], s[3])
   // libtorch's CPU flash backward runs at 16 GFLOP/s on short sequences: 25 % of a training step where measured.
   let explicit = kernel == .math || (kernel == .auto && q.device == .cpu && tokens <= 256)

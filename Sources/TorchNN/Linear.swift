@@ -33,7 +33,6 @@ public final class Linear {
   public let path: String
   /// Sizes of the last dimension before and after.
   public let inSize, outSize: Int
-  private lazy var group = LinearGroup([self])
 
   /// Takes `weight` and, where `bias` says so, `bias` under `path`.
   public init(
@@ -48,7 +47,7 @@ public final class Linear {
   }
 
   /// [..., in] → [..., out].
-  public func callAsFunction(_ x: Tensor) throws(TorchError) -> Tensor { try group(x) }
+  public func callAsFunction(_ x: Tensor) throws(TorchError) -> Tensor { try LinearGroup([self])(x) }
 }
 
 /// Linear layers with one input, evaluated as one matrix product.

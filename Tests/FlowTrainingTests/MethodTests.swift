@@ -174,19 +174,17 @@ struct PolicyUpdateTests {
     arguments: kinds, [1, 2, 3, 4, 7, 48])
   func replay(_ kind: StepKind, _ microBatch: Int) throws {
     let bench = try Bench(kind: kind)
-    for batch in [48, 4] {
-      let t = try bench.rollout(batch: batch)
-      let rule = bench.rule(microBatch: microBatch, ratio: .step)
-      try bench.transformer.modules.makeTrainable()
-      let report = try rule.accumulate(Self.everything, t, conditions: bench.conditions, first: true)
-      #expect(report.replayGap == 0 && report.replayGapAt == nil)
-      #expect(report.ratios == [Double](repeating: 1, count: 30))
-      #expect(report.clipped == 0)
-      for row in 0..<6 {
-        for steps in [[0], [3], [0, 1, 2, 3, 4]] {
-          let replayed = try rule.logProbabilities(row: row, steps: steps, t, conditions: bench.conditions)
-          #expect(replayed == steps.map { t.logProbabilities[row][$0] })
-        }
+    let t = try bench.rollout(batch: 4)
+    try bench.transformer.modules.makeTrainable()
+    let rule = bench.rule(microBatch: microBatch, ratio: .step)
+    let report = try rule.accumulate(Self.everything, t, conditions: bench.conditions, first: true)
+    #expect(report.replayGap == 0 && report.replayGapAt == nil)
+    #expect(report.ratios == [Double](repeating: 1, count: 30))
+    #expect(report.clipped == 0)
+    for row in [0, 3, 5] {
+      for steps in [[0], [3], [0, 1, 2, 3, 4]] {
+        let replayed = try rule.logProbabilities(row: row, steps: steps, t, conditions: bench.conditions)
+        #expect(replayed == steps.map { t.logProbabilities[row][$0] })
       }
     }
   }

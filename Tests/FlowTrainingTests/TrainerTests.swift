@@ -85,6 +85,7 @@ struct TrainerTests {
         try Data(contentsOf: shop.checkpoint("parts", iteration).appending(path: file))
           == Data(contentsOf: shop.checkpoint("whole", iteration).appending(path: file)))
     }
+    guard kind == "lora" else { return }
     // Two runs with one configuration are one run; another seed is not.
     try shop.train("again", change)
     #expect(try shop.trained("again") == shop.trained("whole"))
