@@ -12,8 +12,8 @@ public struct Evaluation: Sendable {
   public let samplesPerPrompt: Int
   /// Reward name → mean over each prompt's images, in prompt order.
   public let perPrompt: [String: [Double]]
-  /// Means over all groups.
-  public let guards: GuardValues
+  /// Means over all groups; nil for one image a prompt, which has no diversity.
+  public let guards: GuardValues?
   /// The first image of each prompt asked for, by prompt.
   public let pictures: [Int: Image]
 
@@ -41,14 +41,14 @@ public struct Evaluation: Sendable {
           perPrompt[name]!.append(valid.reduce(0, +) / Double(valid.count))
         }
       }
-      guards.append((try GuardValues.measure(images, groupSize: count), some.count))
+      if count > 1 { guards.append((try GuardValues.measure(images, groupSize: count), some.count)) }
       for (i, number) in block.enumerated() where keep.contains(number) {
         pictures[number] = try Image(try images[i * count])
       }
       progress(block.upperBound)
     }
     return Evaluation(
-      prompts: prompts, samplesPerPrompt: count, perPrompt: perPrompt, guards: GuardValues.mean(guards),
+      prompts: prompts, samplesPerPrompt: count, perPrompt: perPrompt, guards: guards.isEmpty ? nil : GuardValues.mean(guards),
       pictures: pictures)
   }
 }
@@ -128,8 +128,8 @@ public struct EvaluationReport: Encodable, Sendable {
   public let perCategory: [String: Part]
   /// The first reward against the other model.
   public let paired: Paired?
-  /// Guards of this model.
-  public let guards: GuardValues
+  /// Guards of this model; absent for one image a prompt.
+  public let guards: GuardValues?
   /// Guards of the other model.
   public let guardsAgainst: GuardValues?
   /// What the guards say against the other model; empty if nothing collapsed.
@@ -177,7 +177,7 @@ public struct EvaluationReport: Encodable, Sendable {
     (mean, ci95, perCategory, paired) = (first.mean, first.ci95, first.perCategory, first.paired)
     guards = evaluation.guards
     guardsAgainst = base?.guards
-    collapsed = base.map { evaluation.guards.collapsed(against: $0.guards) }
+    collapsed = base?.guards.flatMap { evaluation.guards?.collapsed(against: $0) }
     rewards = parts
     (self.steps, self.seed, self.split, self.model, self.against) = (steps, seed, split, model, againstName)
   }

@@ -87,6 +87,9 @@ public struct ModelReference: Sendable {
     if let guidance { configuration.sampling.guidance = guidance }
   }
 
+  /// Uses the arithmetic of `other`, so that the numbers of both differ by their weights only.
+  mutating func computeLike(_ other: ModelReference) { configuration.network = other.configuration.network }
+
   /// The run's prompt file, or the built-in one.
   public func promptFile() throws -> String {
     steps != nil ? configuration.prompts.file : try Assets.locate("prompts.jsonl").path
@@ -154,6 +157,7 @@ public struct Comparison {
     var before: Evaluation?
     if let base {
       var reference = base
+      reference.computeLike(tuned)
       try reference.resize(
         height: tuned.configuration.sampling.height, width: tuned.configuration.sampling.width,
         guidance: tuned.configuration.sampling.guidance)

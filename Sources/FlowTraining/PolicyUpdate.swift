@@ -139,7 +139,8 @@ public struct PolicyUpdate {
     _ entries: [Entry], _ trajectories: Trajectories, _ conditions: [Condition]
   ) throws -> Tensor {
     try beforeStep()
-    let rows = filled(entries, to: microBatch)
+    // Never one: a single row rounds differently from several.
+    let rows = filled(entries, to: max(microBatch, 2))
     let samples = trajectories.states.size(1)
     let shape = trajectories.states.shape
     let flat = try trajectories.states.reshape([shape[0] * shape[1]] + shape[2...])

@@ -32,7 +32,10 @@ public struct RunFolder: Sendable {
 
   /// Throws if the folder holds anything.
   public func requireNew() throws {
-    if let present = try? FileManager.default.contentsOfDirectory(atPath: url.path), !present.isEmpty {
+    // A temporary configuration is all that a start leaves that was killed before there was a run.
+    if let present = try? FileManager.default.contentsOfDirectory(atPath: url.path),
+      present.contains(where: { !$0.hasPrefix("config.yaml.tmp-") })
+    {
       throw RunError(
         "output: \(url.path) is not empty: continue that run with train --resume \(url.path), or choose another --set output=…"
       )
@@ -141,6 +144,10 @@ public struct RunFolder: Sendable {
     try files.moveItem(at: temporary, to: target)
     AtomicFile.syncFolder(checkpoints)
     try AtomicFile.write(Data((target.lastPathComponent + "\n").utf8), to: url.appending(path: "LATEST"))
+    // Newer ones are those a fall-back passed over as damaged: they would push this one out.
+    for stale in list() where stale.lastPathComponent > target.lastPathComponent {
+      try? files.removeItem(at: stale)
+    }
     for old in list().dropFirst(keep) { try? files.removeItem(at: old) }
   }
 

@@ -72,6 +72,9 @@ public final class Trainer {
       AdamW.Options(
         learningRate: c.optim.lr, beta1: c.optim.betas[0], beta2: c.optim.betas[1], epsilon: c.optim.eps,
         weightDecay: c.optim.weightDecay))
+    // A reward that cannot judge these prompts is found now, not after the first rollout.
+    let probe = prompts.first { $0.include.isEmpty } ?? prompts[0]
+    _ = try rewards.score(try Tensor.zeros([1, 3, c.sampling.height, c.sampling.width]), [probe])
     let all = try PromptFile(file: URL(filePath: c.prompts.file), split: "all").prompts
     evaluationPrompts = all.filter { $0.split == "dev" }
     // One prompt of each kind, from the part for choosing settings where there is one.
@@ -159,7 +162,9 @@ public final class Trainer {
     }
     let scored = try clock.time("reward") {
       let scores = try rewards.score(images, batch.map(\.prompt))
-      record(try GuardValues.measure(images, groupSize: configuration.group.size), "guards/", &row)
+      // An image with NaN has no score and masks its sample; the guards see it as black.
+      let finite = try images.isFinite().select(images, else: try Tensor.zeros(like: images))
+      record(try GuardValues.measure(finite, groupSize: configuration.group.size), "guards/", &row)
       return scores
     }
     let advantages = try advantages(scored, &row)
@@ -352,7 +357,7 @@ public final class Trainer {
       for (name, values) in evaluation.perPrompt {
         row.values["eval/\(name)"] = values.reduce(0, +) / Double(values.count)
       }
-      record(evaluation.guards, "eval/guards/", &row)
+      if let guards = evaluation.guards { record(guards, "eval/guards/", &row) }
     }
   }
 

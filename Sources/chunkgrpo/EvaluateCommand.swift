@@ -100,7 +100,7 @@ struct Evaluate: ParsableCommand {
     if let g = report.guardsAgainst {
       guardRows.append(guards("base", [g.blank, g.diversity, g.ink, g.vivid]))
     }
-    let g = report.guards
+    guard let g = report.guards else { return text }
     guardRows.append(guards(compared ? "tuned" : "model", [g.blank, g.diversity, g.ink, g.vivid]))
     text += "\n" + Terminal.table(guardRows)
     if let collapsed = report.collapsed {

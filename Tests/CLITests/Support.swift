@@ -36,7 +36,7 @@ enum Tool {
   /// Runs to the end; kills it and throws when it takes longer than `limit` seconds.
   static func run(
     _ arguments: [String], in folder: Scratch, binary: URL = binary, environment: [String: String]? = nil,
-    limit: Double = 90
+    limit: Double = 180
   ) throws -> Result {
     try start(arguments, in: folder, binary: binary, environment: environment).wait(limit: limit)
   }
@@ -87,7 +87,7 @@ enum Tool {
     var err: String { (try? String(contentsOf: files[1], encoding: .utf8)) ?? "" }
     func send(_ signal: Int32) { if process.isRunning { kill(process.processIdentifier, signal) } }
 
-    func wait(limit: Double = 90) throws -> Result {
+    func wait(limit: Double = 180) throws -> Result {
       guard waitUntil(limit: limit, { !self.process.isRunning }) else {
         send(SIGKILL)
         process.waitUntilExit()

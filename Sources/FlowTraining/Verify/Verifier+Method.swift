@@ -126,9 +126,10 @@ extension Verifier {
         let mean = try table.mean(x, v, rows)
         let next = peer.kind == .ode ? mean : try table.sample(mean, noise: try noise[i], rows)
         if data.shape("\(peer.prefix).\(i).mean") != nil {
-          worst.mean = max(worst.mean, try Self.relative(mean, try data.require("\(peer.prefix).\(i).mean")))
+          worst.mean = Self.worse(
+            worst.mean, try Self.relative(mean, try data.require("\(peer.prefix).\(i).mean")))
         }
-        worst.next = max(
+        worst.next = Self.worse(
           worst.next, try Self.relative(next, try data.require("\(peer.prefix).\(i).prev_sample")))
         // Into σ = 0 the density of most kinds is degenerate, and nobody trains there.
         guard data.shape("\(peer.prefix).\(i).log_prob") != nil,
@@ -137,7 +138,7 @@ extension Verifier {
         let residuals = try table.meanSquaredResidual(next, mean).doubles()
         let ours = residuals.map { table.logProbability(meanSquaredResidual: $0, step: i) }
         let theirs = try data.require("\(peer.prefix).\(i).log_prob").doubles()
-        for (a, b) in zip(ours, theirs) { worst.logProb = max(worst.logProb, abs(a - b)) }
+        for (a, b) in zip(ours, theirs) { worst.logProb = Self.worse(worst.logProb, abs(a - b)) }
       }
       guard steps > 0 else { continue }
       if peer.kind != .ode {
@@ -180,7 +181,8 @@ extension Verifier {
         let residuals = try table.meanSquaredResidual(next, mean).doubles()
         let theirs = try data.require("\(prefix).\(i).log_prob").doubles()
         for (r, b) in zip(residuals, theirs) {
-          worst = max(worst, abs(table.logProbability(meanSquaredResidual: r, step: i) - b) / max(1, abs(b)))
+          let ours = table.logProbability(meanSquaredResidual: r, step: i)
+          worst = Self.worse(worst, abs(ours - b) / max(1, abs(b)))
         }
       }
       if steps > 0 {
@@ -260,7 +262,7 @@ extension Verifier {
       "\(name) sigmas", error: try Self.relative(schedule.sigmas, try data.require("out.sigmas")),
       tolerance: 1e-7)
     let expected = try data.require("out.ratios").doubles()
-    let worst = zip(ratios, expected).map { abs($0 - $1) }.max() ?? .infinity
+    let worst = zip(ratios, expected).map { abs($0 - $1) }.reduce(0, Self.worse)
     record(
       "\(name) ratios (\(expected.count))", error: ratios.count == expected.count ? worst : .infinity,
       tolerance: 2e-6,

@@ -227,7 +227,7 @@ extension Verifier {
       let reward = try RewardFactory.make(name: "scenes", score: score)
       let values = try reward.scores(images, prompts: wanted).map { Float($0.value ?? .nan) }
       let expected = try data.require("out.\(score)").floats()
-      let worst = zip(values, expected).map { Double(abs($0 - $1)) }.max() ?? 0
+      let worst = zip(values, expected).map { Double(abs($0 - $1)) }.reduce(0, Self.worse)
       v.record(
         "scenes \(score) (\(values.count) images)", error: worst, tolerance: 1e-6,
         note: "largest absolute difference")

@@ -162,6 +162,9 @@ public struct Verifier {
     record(id, error: try Self.relative(ours, expected), tolerance: tolerance)
   }
 
+  /// The larger error; NaN is worse than any number, which `max` would hide.
+  static func worse(_ a: Double, _ b: Double) -> Double { b > a || b.isNaN ? b : a }
+
   static func relative(_ ours: Tensor, _ expected: Tensor) throws -> Double {
     let a = try ours.detach().to(.float64)
     let b = try expected.to(.float64)
