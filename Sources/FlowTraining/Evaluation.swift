@@ -48,7 +48,8 @@ public struct Evaluation: Sendable {
       progress(block.upperBound)
     }
     return Evaluation(
-      prompts: prompts, samplesPerPrompt: count, perPrompt: perPrompt, guards: guards.isEmpty ? nil : GuardValues.mean(guards),
+      prompts: prompts, samplesPerPrompt: count, perPrompt: perPrompt,
+      guards: guards.isEmpty ? nil : GuardValues.mean(guards),
       pictures: pictures)
   }
 }

@@ -113,7 +113,9 @@ public final class Trainer {
   }
 
   /// Rows of every forward pass of rollout and update alike.
-  private var rows: Int { Batches(configuration.samplesPerIteration, of: configuration.optim.microBatch).largest }
+  private var rows: Int {
+    Batches(configuration.samplesPerIteration, of: configuration.optim.microBatch).largest
+  }
 
   // MARK: the run
 

@@ -188,6 +188,16 @@ struct GoodInputTests {
     #expect((object["collapsed"] as? [String])?.isEmpty == true)
   }
 
+  @Test("one image a prompt: scores as usual, no guards, which compare images of one prompt")
+  func evaluateOneImage() throws {
+    let object = try succeed(
+      "evaluate", Tool.fluxTiny.path, "--prompts", "prompts.jsonl", "--reward", "vivid", "--count", "1",
+      "--steps", "2", "--json"
+    ).json()
+    #expect(object["samples_per_prompt"] as? Int == 1)
+    #expect(object["mean"] is Double && !(object["guards"] is [String: Any]))
+  }
+
   @Test("verify passes the model that comes with the project")
   func verify() throws {
     let object = try succeed("verify", Tool.fluxMini.path, "--json").json()

@@ -60,15 +60,19 @@ struct InterruptionTests {
 
   @Test("SIGINT and SIGTERM stop at an iteration boundary within 10 s; resuming is as never stopped")
   func signals() throws {
-    var resume = false
-    for (signal, word) in [(SIGINT, "interrupted"), (SIGTERM, "terminated")] {
+    // Parts of an iteration at which signals come: in rollout, decoding and each of the two updates.
+    for (n, part) in [0.3, 0.5, 0.6, 0.7, 0.8, 0.95].enumerated() {
+      let (signal, word) = n.isMultiple(of: 2) ? (SIGINT, "interrupted") : (SIGTERM, "terminated")
       // Checkpoints only at the end: the one that is found after the signal is the signal's.
       let every = ["--set", "run.checkpointEvery=\(Self.iterations)"]
       let run = try Tool.start(
-        ["train"] + (resume ? ["--resume", "run"] : ["config.yaml"]) + every, in: scratch)
+        ["train"] + (n > 0 ? ["--resume", "run"] : ["config.yaml"]) + every, in: scratch)
       let start = rows
-      try #require(waitUntil(limit: 60) { rows >= start + 3 || !run.isRunning })
-      usleep(70_000)  // somewhere inside the next iteration, which takes about 0.2 s
+      try #require(waitUntil(limit: 60) { rows > start || !run.isRunning })
+      let clock = ContinuousClock.now
+      try #require(waitUntil(limit: 60) { rows > start + 1 || !run.isRunning })
+      let iteration = (ContinuousClock.now - clock) / Duration.microseconds(1)
+      usleep(UInt32(part * iteration))
       run.send(signal)
       let sent = ContinuousClock.now
       let result = try run.wait(limit: 20)
@@ -76,12 +80,11 @@ struct InterruptionTests {
       #expect(result.status == 128 + signal && !result.killed, "\(result.err)")
       #expect(result.err.hasSuffix("\(word)\n"))
       #expect(result.out.isEmpty)
-      #expect(rows >= start + 3 && rows < Self.iterations)
+      #expect(rows >= start + 2 && rows < Self.iterations)
       // A row for every iteration of the checkpoint, and none for the one dropped.
       #expect(latest == String(format: "iteration-%06d\n", rows))
       #expect(scratch.exists("run/checkpoints/\(String(format: "iteration-%06d", rows))/state.json"))
       #expect(!isWriting)
-      resume = true
     }
     try scratch.train("--resume", "run")
     let (outcome, expected) = (try Outcome(scratch), try Self.unbroken.get())
