@@ -51,7 +51,7 @@ let package = Package(
     .testTarget(name: "FlowModelsTests", dependencies: ["FlowModels"]),
     .testTarget(name: "FlowRewardsTests", dependencies: ["FlowRewards"]),
     .testTarget(name: "FlowTrainingTests", dependencies: ["FlowTraining"]),
-    .testTarget(name: "CLITests"),
+    .testTarget(name: "CLITests", exclude: ["Snapshots"]),
   ]
 )
 

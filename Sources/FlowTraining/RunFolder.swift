@@ -56,6 +56,11 @@ public struct RunFolder: Sendable {
     }
   }
 
+  /// Stores a configuration whose run.* keys were changed on resuming, so that the next resume knows them.
+  func update(_ configuration: Configuration) throws {
+    try AtomicFile.write(Data(configuration.yaml().utf8), to: configFile)
+  }
+
   /// Checks that the folder is a run.
   public func requireRun() throws {
     guard FileManager.default.fileExists(atPath: configFile.path) else {

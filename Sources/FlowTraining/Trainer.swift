@@ -121,7 +121,15 @@ public final class Trainer {
 
   /// Trains to the end, from the newest whole checkpoint of the folder if `resume`.
   public func run(resume: Bool) throws {
-    if resume { try restore() }
+    if resume {
+      try restore()
+      guard iteration <= configuration.run.iterations else {
+        throw RunError(
+          "run.iterations: \(folder.url.path) has done \(iteration) iterations, \(configuration.run.iterations) were asked for: ask for more"
+        )
+      }
+      try folder.update(configuration)
+    }
     if let warning = encoderWarning() { report(.warning(warning)) }
     let total = configuration.run.iterations
     while iteration < total {

@@ -6,7 +6,8 @@ struct Bench: ParsableCommand {
   static let configuration = CommandConfiguration(
     abstract: "Measure where the time of a training iteration goes.",
     discussion: """
-      Trains a few iterations in a temporary folder, without pictures or evaluation, and prints medians of seconds a part.
+      Trains a few iterations in a temporary folder, without pictures or
+      evaluation, and prints medians of seconds a part.
 
       Example:
         chunkgrpo bench Examples/demo.yaml --iterations 8

@@ -6,7 +6,8 @@ struct Demo: ParsableCommand {
   static let configuration = CommandConfiguration(
     abstract: "Train, evaluate base and tuned on the test prompts, and show before and after.",
     discussion: """
-      Runs `train` and `evaluate` as anyone would, prints what they measured, and writes summary.json into the run.
+      Runs `train` and `evaluate` as anyone would, prints what they measured, and
+      writes summary.json into the run.
 
       Example:
         chunkgrpo demo Examples/demo.yaml --set seed=2

@@ -6,11 +6,12 @@ struct Evaluate: ParsableCommand {
   static let configuration = CommandConfiguration(
     abstract: "Score a model on held-out prompts, alone or against another on equal noise.",
     discussion: """
-      Deterministic sampling by the model's own schedule; the unit of all intervals and tests is the prompt.
+      Samples deterministically, by the model's own schedule; the unit of all
+      intervals and tests is the prompt.
 
       Examples:
-        chunkgrpo evaluate runs/a --against Models/flux-mini --count 4 --picture before-after.png
-        chunkgrpo evaluate Models/flux-mini --reward scenes:strict --split dev --json
+        chunkgrpo evaluate runs/a --against Models/flux-mini --picture ab.png
+        chunkgrpo evaluate Models/flux-mini --reward scenes:strict --json
       """)
 
   @Argument(help: "A model folder, an adapter, a checkpoint or a run.")
@@ -46,6 +47,7 @@ struct Evaluate: ParsableCommand {
   }
 
   func run() throws {
+    try picture.map { try Terminal.requireWritable($0, "--picture") }
     let tuned = try ModelReference(model, base: base)
     let other = try against.map { try ModelReference($0, base: base) }
     var configuration = tuned.configuration

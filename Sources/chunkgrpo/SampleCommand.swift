@@ -10,9 +10,9 @@ struct Sample: ParsableCommand {
       One image is written as it is; several become a labelled grid.
 
       Examples:
-        chunkgrpo sample Models/flux-mini --prompt "a photo of a cat above a star" -o cat.png
-        chunkgrpo sample Models/flux-mini --adapter runs/a/adapter --prompts prompts.txt --count 4 -o grid.png
-        chunkgrpo sample runs/a --prompt "a photo of two dogs" --count 4 -o dogs.png
+        chunkgrpo sample Models/flux-mini --prompt "a photo of a cat" -o cat.png
+        chunkgrpo sample runs/a --prompts list.txt --count 4 -o grid.png
+        chunkgrpo sample MODEL --adapter FILE --prompt "a dog" -o dog.png
       """)
 
   @Argument(help: "A model folder, an adapter, a checkpoint or a run.")
@@ -58,9 +58,7 @@ struct Sample: ParsableCommand {
     let texts =
       try prompts.map { try PromptFile.load(file: URL(filePath: $0), split: "all").map(\.text) } ?? prompt
     let target = URL(filePath: output)
-    guard FileManager.default.isWritableFile(atPath: target.deletingLastPathComponent().path) else {
-      throw RunError("-o: \(target.deletingLastPathComponent().path) is not a folder that can be written")
-    }
+    try Terminal.requireWritable(output, "-o")
     let engine = try reference.load()
     let start = Date()
     let images = try engine.draw(texts, count: count, steps: steps ?? reference.steps ?? 28, seed: seed)

@@ -21,6 +21,19 @@ enum Terminal {
     if isInteractive { FileHandle.standardError.write(Data("\r\u{1B}[2K".utf8)) }
   }
 
+  /// Throws unless a file can be written at `path`: asked before hours of drawing, not after.
+  static func requireWritable(_ path: String, _ option: String) throws {
+    let url = URL(filePath: path)
+    let folder = url.deletingLastPathComponent()
+    var isFolder: ObjCBool = false
+    guard !(FileManager.default.fileExists(atPath: url.path, isDirectory: &isFolder) && isFolder.boolValue) else {
+      throw RunError("\(option): \(path) is a folder; name a file in it")
+    }
+    guard FileManager.default.isWritableFile(atPath: folder.path) else {
+      throw RunError("\(option): \(folder.path) is not a folder that can be written")
+    }
+  }
+
   private static var width: Int {
     var size = winsize()
     return ioctl(STDERR_FILENO, UInt(TIOCGWINSZ), &size) == 0 && size.ws_col > 20 ? Int(size.ws_col) : 100

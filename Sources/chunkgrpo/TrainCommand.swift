@@ -15,7 +15,7 @@ struct Train: ParsableCommand {
     abstract: "Train a model by reinforcement learning, or continue a run.",
     discussion: """
       Examples:
-        chunkgrpo train Examples/demo.yaml --set output=runs/a --set seed=2
+        chunkgrpo train Examples/demo.yaml --set output=runs/a
         chunkgrpo train Examples/demo.yaml --dry-run
         chunkgrpo train --resume runs/a
       """)

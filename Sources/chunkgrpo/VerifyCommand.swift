@@ -6,8 +6,9 @@ struct Verify: ParsableCommand {
   static let configuration = CommandConfiguration(
     abstract: "Recompute reference data with this build, and say what agrees.",
     discussion: """
-      FOLDER holds io/*.safetensors with inputs and expected outputs, and the model folders they name. Exit code 1 if
-      a row fails, 2 if the folder holds nothing this build knows.
+      FOLDER holds io/*.safetensors with inputs and expected outputs, and the
+      model folders they name. Exit code 1 if a row fails, 2 if the folder holds
+      nothing this build knows.
 
       Example:
         chunkgrpo verify Models/flux-mini

@@ -67,7 +67,7 @@ struct PromptTests {
         == "p.jsonl: no prompt in split dev; the file has test, train (or all)")
     #expect(
       try message("a".utf8, name: "p.txt", split: "train")
-        == "p.txt: no prompt in split train, the file has no splits; use prompts.split all")
+        == "p.txt: no prompt in split train, the file has no splits; ask for the split all")
   }
 
   @Test("copies of a text are reported with their lines and splits")

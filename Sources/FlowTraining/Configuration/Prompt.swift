@@ -182,7 +182,7 @@ public enum PromptError: Error, CustomStringConvertible, Sendable, Equatable {
       "\(file):\(line): not UTF-8 at byte \(byte); save it as UTF-8"
     case .badLine(let file, let line, let reason): "\(file):\(line): \(reason)"
     case .noPrompt(let file, let split, []):
-      "\(file): no prompt in split \(split), the file has no splits; use prompts.split all"
+      "\(file): no prompt in split \(split), the file has no splits; ask for the split all"
     case .noPrompt(let file, let split, let present):
       "\(file): no prompt in split \(split); the file has \(present.joined(separator: ", ")) (or all)"
     }
