@@ -26,7 +26,8 @@ enum Terminal {
     let url = URL(filePath: path)
     let folder = url.deletingLastPathComponent()
     var isFolder: ObjCBool = false
-    guard !(FileManager.default.fileExists(atPath: url.path, isDirectory: &isFolder) && isFolder.boolValue) else {
+    guard !(FileManager.default.fileExists(atPath: url.path, isDirectory: &isFolder) && isFolder.boolValue)
+    else {
       throw RunError("\(option): \(path) is a folder; name a file in it")
     }
     guard FileManager.default.isWritableFile(atPath: folder.path) else {
