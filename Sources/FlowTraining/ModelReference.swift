@@ -197,7 +197,7 @@ public struct Comparison {
     let rows = shown.map { i in Grid.Row(before.prompts[i].text, cells: [cell(before, i), cell(after, i)]) }
     let scale = max(1, 128 / (before.pictures.values.first?.width ?? 128))
     try Grid(
-      title: "before and after, equal noise; scores are means of \(before.samplesPerPrompt) images",
+      title: "base and tuned, equal noise",
       columns: ["base", "tuned"], rows: rows,
       scale: scale
     ).render().write(png: file)
