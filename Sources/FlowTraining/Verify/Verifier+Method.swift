@@ -58,40 +58,25 @@ extension Verifier {
   private struct Peer {
     let prefix: String
     let kind: StepKind
-    let latents, velocity, noise: String
-    let sigmas: String
+    var latents = "in.latents"
+    var velocity = "in.velocity"
+    var noise = "in.noise"
+    var sigmas = "gcpo.sigmas"
   }
 
   mutating func peerLogProb(_ data: SafetensorsFile) throws {
     let peers = [
-      Peer(
-        prefix: "gcpo_flow", kind: .flowSDE, latents: "in.latents", velocity: "in.velocity",
-        noise: "in.noise", sigmas: "gcpo.sigmas"),
-      Peer(
-        prefix: "gcpo_ode", kind: .ode, latents: "in.latents", velocity: "in.velocity", noise: "in.noise",
-        sigmas: "gcpo.sigmas"),
-      Peer(
-        prefix: "mix_flow", kind: .flowSDE, latents: "in.latents", velocity: "in.velocity", noise: "in.noise",
-        sigmas: "gcpo.sigmas"),
-      Peer(
-        prefix: "dance", kind: .danceSDE, latents: "in.latents", velocity: "in.velocity", noise: "in.noise",
-        sigmas: "gcpo.sigmas"),
-      Peer(
-        prefix: "gcpo_dance", kind: .danceSDE, latents: "in.latents", velocity: "in.velocity",
-        noise: "in.noise", sigmas: "gcpo.sigmas"),
+      Peer(prefix: "gcpo_flow", kind: .flowSDE),
+      Peer(prefix: "gcpo_ode", kind: .ode),
+      Peer(prefix: "mix_flow", kind: .flowSDE),
+      Peer(prefix: "dance", kind: .danceSDE),
+      Peer(prefix: "gcpo_dance", kind: .danceSDE),
       Peer(
         prefix: "flow_grpo", kind: .flowSDE, latents: "flow_grpo.in.sample",
-        velocity: "flow_grpo.in.model_output",
-        noise: "flow_grpo.in.noise", sigmas: "flow_grpo.sigmas"),
-      Peer(
-        prefix: "ff.Flow-SDE", kind: .flowSDE, latents: "in.latents", velocity: "in.velocity",
-        noise: "in.noise", sigmas: "ff.Flow-SDE.sigmas"),
-      Peer(
-        prefix: "ff.Dance-SDE", kind: .danceSDE, latents: "in.latents", velocity: "in.velocity",
-        noise: "in.noise", sigmas: "ff.Dance-SDE.sigmas"),
-      Peer(
-        prefix: "ff.CPS", kind: .cps, latents: "in.latents", velocity: "in.velocity", noise: "in.noise",
-        sigmas: "ff.CPS.sigmas"),
+        velocity: "flow_grpo.in.model_output", noise: "flow_grpo.in.noise", sigmas: "flow_grpo.sigmas"),
+      Peer(prefix: "ff.Flow-SDE", kind: .flowSDE, sigmas: "ff.Flow-SDE.sigmas"),
+      Peer(prefix: "ff.Dance-SDE", kind: .danceSDE, sigmas: "ff.Dance-SDE.sigmas"),
+      Peer(prefix: "ff.CPS", kind: .cps, sigmas: "ff.CPS.sigmas"),
     ]
     let etas = try settings("peer_logprob")["eta"] as? [String: Any] ?? [:]
     func eta(_ prefix: String) -> Double? {
