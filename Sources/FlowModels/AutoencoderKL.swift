@@ -32,10 +32,11 @@ public final class AutoencoderKL {
   private let decoder: Decoder
   private let quant, postQuant: Conv2d?
 
-  /// Builds the autoencoder and takes every parameter of `folder`.
-  public convenience init(folder: URL) throws {
+  /// Builds the autoencoder and takes every parameter of `folder`, straight to `dtype` and `device`.
+  public convenience init(folder: URL, dtype: DType = .float32, device: Device = .cpu) throws {
     let config = try ModelFolder.decode(Config.self, folder.appending(path: "config.json"))
-    try self.init(config: config, checkpoint: try Checkpoint(folder: folder))
+    try self.init(
+      config: config, checkpoint: try Checkpoint(folder: folder, dtype: dtype, device: device))
   }
 
   /// Builds the autoencoder and takes every parameter of `checkpoint`; any key that does not fit is an error.

@@ -30,10 +30,12 @@ public final class CLIPTextEncoder {
   private let finalNorm: LayerNorm
   private let projection: Linear?
 
-  /// Builds the encoder and takes every parameter of `folder`.
-  public convenience init(folder: URL) throws {
+  /// Builds the encoder and takes every parameter of `folder`, straight to `dtype` and `device`.
+  public convenience init(folder: URL, dtype: DType = .float32, device: Device = .cpu) throws {
     let config = try ModelFolder.decode(Config.self, folder.appending(path: "config.json"))
-    try self.init(config: config, checkpoint: try Checkpoint(folder: folder, names: ["model"]))
+    try self.init(
+      config: config,
+      checkpoint: try Checkpoint(folder: folder, names: ["model"], dtype: dtype, device: device))
   }
 
   /// Builds the encoder and takes every parameter of `checkpoint`; any key that does not fit is an error.

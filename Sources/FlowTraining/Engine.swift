@@ -8,44 +8,59 @@ import TorchNN
 /// A loaded model and what is needed to draw with it: shared by training, sampling and evaluation.
 public final class Engine {
   /// The model.
-  public let pipeline: FluxPipeline
-  /// The network on the image's token grid.
+  public let pipeline: any ImagePipeline
+  /// The network on the image's token grid, guided where the model is guided by a second pass.
   public let network: TimedNetwork
   /// Prompts as conditions.
   public let encoder: PromptEncoder
-  /// Rows and columns of latent tokens.
-  public let grid: (rows: Int, columns: Int)
+  /// Rows and columns of image tokens.
+  public let grid: TokenGrid
   /// Rows of one forward pass.
   public let batch: Int
   private let guidance: Double?
 
   /// Loads the model folder of `configuration`.
   public init(_ configuration: Configuration) throws {
-    let device = TorchRuntime.cudaAvailable ? Device.cuda(0) : .cpu
-    let dtype: DType =
-      switch configuration.network.dtype {
+    let c = configuration
+    var options = PipelineOptions()
+    options.device = TorchRuntime.cudaAvailable ? .cuda(0) : .cpu
+    options.dtype =
+      switch c.network.dtype {
       case .float32: .float32
       case .bfloat16: .bfloat16
-      case .auto: device != .cpu || TorchRuntime.nativeBFloat16 ? .bfloat16 : .float32
+      case .auto: options.device != .cpu || TorchRuntime.nativeBFloat16 ? .bfloat16 : .float32
       }
-    pipeline = try FluxPipeline(URL(filePath: configuration.model), dtype: dtype, device: device)
-    pipeline.transformer.roundsTimeToDType = configuration.network.timeRounding == .model
-    pipeline.transformer.attentionKernel = AttentionKernel(
-      rawValue: configuration.network.attention.rawValue)!
-    grid = try pipeline.grid(height: configuration.sampling.height, width: configuration.sampling.width)
-    network = TimedNetwork(pipeline.flowModel(grid: grid))
-    encoder = PromptEncoder(pipeline)
-    batch = configuration.optim.microBatch
-    guidance = pipeline.transformer.config.guidanceEmbeds ? configuration.sampling.guidance : nil
-    if pipeline.transformer.config.guidanceEmbeds, guidance == nil {
-      throw RunError("sampling.guidance: this model embeds a guidance scale; set one, e.g. 3.5")
+    options.textLength = c.sampling.textLength
+    options.attention = AttentionKernel(rawValue: c.network.attention.rawValue)!
+    options.roundsTimeToDType = c.network.timeRounding == .model
+    pipeline = try ImagePipelines.load(URL(filePath: c.model), options)
+    grid = try pipeline.grid(height: c.sampling.height, width: c.sampling.width)
+    encoder = try PromptEncoder(c.prompts.embeddings, pipeline.text, device: options.device)
+    batch = c.optim.microBatch
+    let model = pipeline.flowModel(grid: grid)
+    switch pipeline.guidance {
+    case .none:
+      guidance = nil
+      network = TimedNetwork(model)
+    case .embedded:
+      guard let scale = c.sampling.guidance else {
+        throw RunError("sampling.guidance: this model embeds a guidance scale; set one, e.g. 3.5")
+      }
+      guidance = scale
+      network = TimedNetwork(model)
+    case .classifierFree:
+      guidance = c.sampling.guidance
+      network =
+        guidance ?? 1 > 1
+        ? TimedNetwork(GuidedFlowModel(model, negative: try encoder(c.sampling.negative)))
+        : TimedNetwork(model)
     }
   }
 
   /// Where the network is.
-  public var device: Device { pipeline.transformer.device }
-  /// Shape of one sample's latents: [tokens, channels].
-  public var latentShape: [Int] { [grid.rows * grid.columns, pipeline.transformer.config.inChannels] }
+  public var device: Device { pipeline.network.device }
+  /// Shape of one sample's latents.
+  public var latentShape: [Int] { pipeline.latentShape(grid) }
 
   /// The schedule of training trajectories.
   func trainingSchedule(_ sampling: Configuration.Sampling) throws -> NoiseSchedule {
@@ -68,7 +83,7 @@ public final class Engine {
       network: network, table: table, guidance: guidance, microBatch: microBatch, ratio: ratio, clip: clip)
   }
 
-  /// Latents [S, tokens, channels] → images [S, 3, H, W] in 0 … 1, decoded in batches.
+  /// Latents [S, …] → images [S, 3, H, W] in 0 … 1, decoded in batches.
   public func decode(_ latents: Tensor) throws -> Tensor {
     var parts: [Tensor] = []
     for range in Batches(latents.size(0), of: batch) {
@@ -77,7 +92,7 @@ public final class Engine {
     return try Tensor.cat(parts)
   }
 
-  /// Standard normal latents, one a stream: [S, tokens, channels].
+  /// Standard normal latents, one a stream: [S, …].
   func noise(_ streams: [RandomStream]) throws -> Tensor {
     let each = latentShape.reduce(1, *)
     var streams = streams

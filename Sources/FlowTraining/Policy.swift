@@ -30,7 +30,8 @@ public final class Policy {
     case .full:
       adapter = nil
       try modules.makeTrainable()
-      parameters = Dictionary(uniqueKeysWithValues: modules.parameters.map { ($0.key, $0.tensor) })
+      let trained = modules.parameters.filter(\.tensor.requiresGrad)
+      parameters = Dictionary(uniqueKeysWithValues: trained.map { ($0.key, $0.tensor) })
     }
   }
 
@@ -48,7 +49,8 @@ public final class Policy {
     if let adapter {
       try adapter.write(to: folder.appending(path: "pytorch_lora_weights.safetensors"))
     } else {
-      let weights = try parameters.mapValues { try $0.detach() }
+      var weights: [String: Tensor] = [:]
+      for parameter in modules.parameters { weights[parameter.key] = try parameter.tensor.detach() }
       try AtomicFile.write(try Data(contentsOf: config), to: folder.appending(path: "config.json"))
       try Safetensors.write(
         weights, metadata: ["format": "pt"], to: folder.appending(path: "diffusion_pytorch_model.safetensors")

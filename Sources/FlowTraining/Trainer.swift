@@ -38,6 +38,7 @@ public final class Trainer {
   private let draw: ChunkDraw
   private let timeWeight: TimeWeight
   private let optimizer: AdamW
+  private let average: WeightAverage?
   private let random: RandomPlan
   private let fixedPrompts: [Prompt]
   private let evaluationPrompts: [Prompt]
@@ -72,6 +73,7 @@ public final class Trainer {
       AdamW.Options(
         learningRate: c.optim.lr, beta1: c.optim.betas[0], beta2: c.optim.betas[1], epsilon: c.optim.eps,
         weightDecay: c.optim.weightDecay))
+    average = c.ema.decay > 0 ? try WeightAverage(policy.parameters, decay: c.ema.decay) : nil
     // A reward that cannot judge these prompts is found now, not after the first rollout.
     let probe = prompts.first { $0.include.isEmpty } ?? prompts[0]
     _ = try rewards.score(try Tensor.zeros([1, 3, c.sampling.height, c.sampling.width]), [probe])
@@ -94,8 +96,8 @@ public final class Trainer {
       ("images per iteration", "\(c.samplesPerIteration)"),
       ("transformer parameters", "\(total)"),
       ("trainable parameters", "\(policy.count)"),
-      ("network dtype, device", "\(engine.pipeline.transformer.dtype), \(engine.device)"),
-      ("latent tokens per image", "\(engine.latentShape[0]) × \(engine.latentShape[1])"),
+      ("network dtype, device", "\(engine.pipeline.network.dtype), \(engine.device)"),
+      ("latents of an image", engine.latentShape.map(String.init).joined(separator: " × ")),
       ("chunks over steps \(window.lowerBound)…\(window.upperBound - 1)", plan),
       (
         "forward passes per iteration",
@@ -130,7 +132,8 @@ public final class Trainer {
       }
       try folder.update(configuration)
     }
-    if let warning = encoderWarning() { report(.warning(warning)) }
+    try engine.encoder.prepare((prompts + fixedPrompts + evaluationPrompts).map(\.text))
+    if let warning = engine.encoder.warning { report(.warning(warning)) }
     let total = configuration.run.iterations
     while iteration < total {
       do {
@@ -148,13 +151,6 @@ public final class Trainer {
       if iteration % configuration.run.checkpointEvery == 0 || iteration == total { try save() }
     }
     if saved != iteration { try save() }
-  }
-
-  private func encoderWarning() -> String? {
-    for prompt in prompts where engine.encoder.truncated[prompt.text] == nil {
-      _ = try? engine.encoder(prompt.text)
-    }
-    return engine.encoder.warning
   }
 
   /// One iteration: a rollout and its updates.
@@ -324,6 +320,7 @@ public final class Trainer {
         )
       }
       try optimizer.step()
+      try average?.update()
       update += 1
       norms.append(norm)
       deviations += result.ratios.map { abs($0 - 1) }
@@ -358,17 +355,26 @@ public final class Trainer {
   private func look(_ row: inout MetricsRow) throws {
     let run = configuration.run
     func due(_ every: Int) -> Bool { every > 0 && row.iteration % every == 0 }
-    if due(run.samplesEvery), !fixedPrompts.isEmpty { try draw(name: row.iteration) }
+    if due(run.samplesEvery), !fixedPrompts.isEmpty {
+      try averaged { try draw(name: row.iteration) }
+    }
     if due(run.evaluateEvery), !evaluationPrompts.isEmpty {
-      let evaluation = try Evaluation.run(
-        engine, evaluationPrompts, rewards, count: 2, steps: configuration.sampling.steps,
-        seed: configuration.seed,
-        check: Interruption.check)
+      let evaluation = try averaged {
+        try Evaluation.run(
+          engine, evaluationPrompts, rewards, count: 2, steps: configuration.sampling.steps,
+          seed: configuration.seed,
+          check: Interruption.check)
+      }
       for (name, values) in evaluation.perPrompt {
         row.values["eval/\(name)"] = values.reduce(0, +) / Double(values.count)
       }
       if let guards = evaluation.guards { record(guards, "eval/guards/", &row) }
     }
+  }
+
+  /// Runs `body` with the weights that are shipped: the average where one is kept.
+  private func averaged<R>(_ body: () throws -> R) throws -> R {
+    try average?.withAverage(body) ?? body()
   }
 
   /// A labelled grid of fixed prompts and noise.
@@ -388,11 +394,13 @@ public final class Trainer {
 
   // MARK: checkpoints
 
-  /// Copies of everything that changes: parameters under `parameter.`, moments under `optimizer.`.
+  /// Copies of everything that changes: parameters under `parameter.`, moments under `optimizer.`, the moving average
+  /// under `average.`.
   private func snapshot() throws -> [String: Tensor] {
     var state: [String: Tensor] = ["update": try Tensor([Int64(update)])]
     for (name, tensor) in policy.parameters { state["parameter." + name] = try tensor.detach().clone() }
     for (name, tensor) in optimizer.state { state["optimizer." + name] = try tensor.clone() }
+    for (name, tensor) in average?.values ?? [:] { state["average." + name] = try tensor.clone() }
     return state
   }
 
@@ -403,6 +411,7 @@ public final class Trainer {
     }
     try policy.restore { try entry("parameter." + $0) }
     try optimizer.restore { try entry("optimizer." + $0) }
+    try average?.restore { try entry("average." + $0) }
     for tensor in policy.parameters.values { try tensor.clearGrad() }
     update = Int(try entry("update").item())
   }
@@ -412,7 +421,7 @@ public final class Trainer {
       try Safetensors.write(
         try snapshot(), metadata: ["iteration": String(iteration)],
         to: target.appending(path: "training.safetensors"))
-      try policy.export(to: target, config: transformerConfig)
+      try averaged { try policy.export(to: target, config: transformerConfig) }
       try AtomicFile.write(Data(configuration.yaml().utf8), to: target.appending(path: "config.yaml"))
     }
     try exportAdapter()
@@ -423,7 +432,9 @@ public final class Trainer {
   private var transformerConfig: URL {
     URL(filePath: configuration.model).appending(path: "transformer/config.json")
   }
-  private func exportAdapter() throws { try policy.export(to: folder.adapter, config: transformerConfig) }
+  private func exportAdapter() throws {
+    try averaged { try policy.export(to: folder.adapter, config: transformerConfig) }
+  }
 
   private func restore() throws {
     folder.removeLeftovers()

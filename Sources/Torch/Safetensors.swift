@@ -94,6 +94,17 @@ public struct SafetensorsFile: Sendable {
     return try Tensor.view(of: address, dtype: entry.dtype, shape: entry.shape, owner: mapping)
   }
 
+  /// Lets the operating system take back the pages of an entry that has been copied; they come back if read again.
+  public func letGo(_ name: String) {
+    guard let entry = entries[name] else { return }
+    let page = Int(sysconf(Int32(_SC_PAGESIZE)))
+    let count = entry.shape.reduce(entry.dtype.size, *)
+    // Whole pages only: the first and the last may belong to neighbours that are views.
+    let start = (entry.offset + page - 1) / page * page
+    let end = (entry.offset + count) / page * page
+    if end > start { madvise(mapping.base + start, end - start, MADV_DONTNEED) }
+  }
+
   /// Entry `name`; its absence is an error naming the file.
   public func require(_ name: String) throws -> Tensor {
     guard let tensor = try tensor(name) else {

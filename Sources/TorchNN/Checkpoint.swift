@@ -20,6 +20,8 @@ public final class Checkpoint {
   private let location: [String: Int]
   /// A blueprint's shapes by key; nil where there are files.
   private let shapes: [String: [Int]]?
+  private let dtype: DType?
+  private let device: Device
   private var used: Set<String> = []
   private var missing: [String] = []
   private var misshapen: [String] = []
@@ -27,8 +29,17 @@ public final class Checkpoint {
 
   /// Opens `<name>.safetensors`, or the shards listed in `<name>.safetensors.index.json`, for the first of
   /// `names` that exists in `folder`.
-  public init(folder: URL, names: [String] = ["diffusion_pytorch_model", "model"]) throws {
+  ///
+  /// - Parameters:
+  ///   - dtype: what floating-point parameters are converted to as they are read; nil leaves them as stored.
+  ///   - device: where they are put. Each parameter goes straight there and its pages of the file are let go, so
+  ///     that the host never holds much more than one parameter beside the model.
+  public init(
+    folder: URL, names: [String] = ["diffusion_pytorch_model", "model"], dtype: DType? = nil,
+    device: Device = .cpu
+  ) throws {
     self.folder = folder
+    (self.dtype, self.device) = (dtype, device)
     var files: [SafetensorsFile] = []
     var location: [String: Int] = [:]
     for name in names {
@@ -48,6 +59,16 @@ public final class Checkpoint {
             path: index.path, problems: ["not a safetensors index: needs an object weight_map"])
         }
         let shards = Set(map.values).sorted()
+        let absent = shards.filter {
+          !FileManager.default.fileExists(atPath: folder.appending(path: $0).path)
+        }
+        guard absent.isEmpty else {
+          throw CheckpointError(
+            path: index.path,
+            problems: [
+              "\(absent.count) of \(shards.count) shards are missing (\(absent.joined(separator: ", "))): fetch them"
+            ])
+        }
         for shard in shards { files.append(try SafetensorsFile(folder.appending(path: shard))) }
         let number = Dictionary(uniqueKeysWithValues: shards.enumerated().map { ($1, $0) })
         for (key, shard) in map {
@@ -64,10 +85,7 @@ public final class Checkpoint {
       }
     }
     guard !files.isEmpty else {
-      let tried = names.map { "\($0).safetensors" }.joined(separator: " or ")
-      throw CheckpointError(
-        path: folder.path,
-        problems: ["no weights: expected \(tried), or the same with .index.json and shards"])
+      throw CheckpointError(path: folder.path, problems: [Self.absence(folder, names)])
     }
     self.files = files
     self.location = location
@@ -81,6 +99,7 @@ public final class Checkpoint {
   public init(shapes: [String: [Int]], source: URL) {
     folder = source
     self.shapes = shapes
+    (dtype, device) = (nil, .cpu)
     files = []
     location = shapes.mapValues { _ in 0 }
   }
@@ -104,8 +123,31 @@ public final class Checkpoint {
       return try Self.placeholder(shape)
     }
     guard shapes == nil, let tensor = try files[at].tensor(key) else { return try Self.placeholder(shape) }
-    if tensor.dtype.isFloatingPoint, try !tensor.allFinite() { notFinite.append(key) }
-    return tensor
+    let floating = tensor.dtype.isFloatingPoint
+    if floating, try !tensor.allFinite() { notFinite.append(key) }
+    guard let dtype else { return tensor }
+    let target = floating ? dtype : tensor.dtype
+    // A copy of its own even where nothing changes: views would keep the whole file in memory.
+    let copies = tensor.dtype == target && device == .cpu
+    let placed = copies ? try tensor.clone() : try tensor.to(target).to(device)
+    files[at].letGo(key)
+    return placed
+  }
+
+  /// What to say of a folder without weights; pickles are named, since they are what old folders hold.
+  private static func absence(_ folder: URL, _ names: [String]) -> String {
+    let tried = names.map { "\($0).safetensors" }.joined(separator: " or ")
+    let files = (try? FileManager.default.contentsOfDirectory(atPath: folder.path)) ?? []
+    let pickles = files.filter { name in [".bin", ".pt", ".pth", ".ckpt"].contains { name.hasSuffix($0) } }
+    guard let pickle = pickles.sorted().first else {
+      return "no weights: expected \(tried), or the same with .index.json and shards"
+    }
+    return """
+      no weights: \(pickle) is a pickle, which can run code when read and is refused. Convert it once, in the folder: \
+      python3 -c "import torch; from safetensors.torch import save_file; \
+      save_file({k: v.contiguous().clone() for k, v in torch.load('\(pickle)', map_location='cpu', \
+      weights_only=True).items()}, '\(names[0]).safetensors', {'format': 'pt'})"
+      """
   }
 
   /// One zero seen as `shape`: no memory whatever the shape.

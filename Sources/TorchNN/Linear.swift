@@ -128,6 +128,7 @@ public final class ModuleRegistry {
   /// All parameters in order of construction.
   public private(set) var parameters: [Parameter] = []
   private var groups: [LinearGroup] = []
+  private var constants: Set<String> = []
 
   /// An empty registry.
   public init() {}
@@ -141,6 +142,11 @@ public final class ModuleRegistry {
     parameters.append(parameter)
     return parameter
   }
+  /// Records a tensor of the checkpoint that is never trained, such as a position table.
+  public func add(constant parameter: Parameter) -> Parameter {
+    constants.insert(parameter.key)
+    return add(parameter)
+  }
   /// Joins layers into a group that follows changes of its members.
   public func group(_ members: [Linear]) -> LinearGroup {
     let group = LinearGroup(members)
@@ -153,9 +159,9 @@ public final class ModuleRegistry {
     for parameter in parameters { try parameter.place(dtype, device) }
     for group in groups { group.unstack() }
   }
-  /// Makes every parameter a float32 gradient leaf.
+  /// Makes every parameter but the constants a float32 gradient leaf.
   public func makeTrainable() throws(TorchError) {
-    for parameter in parameters { try parameter.makeTrainable() }
+    for parameter in parameters where !constants.contains(parameter.key) { try parameter.makeTrainable() }
     for group in groups { group.unstack() }
   }
 }

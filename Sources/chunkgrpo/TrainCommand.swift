@@ -80,11 +80,17 @@ struct Train: ParsableCommand {
     var configuration = try Configuration.load(file: URL(filePath: config!), overrides: options.overrides)
     // Absolute, so that the run can be continued and evaluated from any directory.
     configuration.model = URL(filePath: configuration.model).standardizedFileURL.path
+    if !["auto", "memory"].contains(configuration.prompts.embeddings) {
+      configuration.prompts.embeddings =
+        URL(filePath: configuration.prompts.embeddings).standardizedFileURL.path
+    }
     configuration.prompts.file = URL(filePath: configuration.prompts.file).standardizedFileURL.path
     return (configuration, RunFolder(URL(filePath: configuration.output)))
   }
 
   private func describe(_ trainer: Trainer) throws {
+    // The text encoders load with the first prompt: what is wrong with them is to be found here too.
+    _ = try trainer.engine.encoder(trainer.prompts[0].text)
     let counts = trainer.summary
     if json {
       struct Result: Encodable { let configuration: Configuration, counts: [String: String] }

@@ -274,4 +274,20 @@ struct GoodInputTests {
     #expect(resume.status == 0, "\(resume.err)")
     #expect(try scratch.metrics().count == 3)
   }
+
+  @Test("encode writes each prompt once, and a run trains from it with the encoders gone")
+  func encode() throws {
+    let prompts = "a cat\ntwo dogs\na cat and a boat\n"
+    try scratch.write(prompts, to: "list.txt")
+    try FileManager.default.copyItem(at: Tool.fluxTiny, to: scratch["model"])
+    try scratch.configure(model: scratch["model"])
+    let first = try succeed("encode", "model", "--prompts", "list.txt", "-o", "embeddings", "--json")
+    let object = try JSONSerialization.jsonObject(with: Data(first.out.utf8)) as? [String: Any]
+    #expect(object?["prompts"] as? Int == 3 && object?["new"] as? Int == 3)
+    let again = try succeed("encode", "model", "--prompts", "list.txt", "-o", "embeddings")
+    #expect(again.out.contains("3 prompts, 0 new"))
+    try FileManager.default.removeItem(at: scratch["model/text_encoder_2/model.safetensors"])
+    _ = try succeed(
+      "train", "config.yaml", "--set", "prompts={file: list.txt, split: all, embeddings: embeddings}")
+  }
 }

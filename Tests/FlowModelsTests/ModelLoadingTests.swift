@@ -35,7 +35,12 @@ struct ModelLoadingTests {
     model = try scratch.model()
   }
 
-  private func load() -> String { message { _ = try FluxPipeline(model) } }
+  private func load() -> String { message { try Self.load(model) } }
+
+  /// The whole folder, text encoders included.
+  private static func load(_ folder: URL) throws {
+    _ = try ImagePipelines.load(folder).text.encode("a cat")
+  }
 
   private func change(_ part: Part, _ body: (inout [String: Tensor]) throws -> Void) throws {
     try rewrite(model.appending(path: "\(part.folder)/\(part.file)"), body)
@@ -61,7 +66,7 @@ struct ModelLoadingTests {
 
   @Test("the folder as shipped loads")
   func loads() throws {
-    let pipeline = try FluxPipeline(model)
+    let pipeline = try FluxPipeline(ModelFolder(model))
     #expect(pipeline.granularity == 16)
     #expect(pipeline.transformer.config.inChannels == 64)
   }
@@ -132,19 +137,21 @@ struct ModelLoadingTests {
   @Test("no model_index.json, no folder, no weights, no config")
   func absent() throws {
     let files = FileManager.default
-    #expect(message { _ = try FluxPipeline(scratch.path("nowhere")) }.contains("no such folder"))
-    try files.removeItem(at: model.appending(path: "vae/config.json"))
-    #expect(load().contains("vae/config.json: cannot be read"))
+    #expect(message { try Self.load(scratch.path("nowhere")) }.contains("no such folder"))
     try files.removeItem(at: model.appending(path: "text_encoder/model.safetensors"))
     #expect(load().contains("no weights: expected model.safetensors, or the same with .index.json"))
+    try files.removeItem(at: model.appending(path: "vae/config.json"))
+    #expect(load().contains("vae/config.json: cannot be read"))
     try files.removeItem(at: model.appending(path: "model_index.json"))
     #expect(load().contains("no model_index.json"))
   }
 
   @Test("another pipeline class, or none")
   func pipelineClass() throws {
-    try edit("model_index.json", "\"FluxPipeline\"", "\"StableDiffusion3Pipeline\"")
-    #expect(load().contains("StableDiffusion3Pipeline is not supported; expected FluxPipeline"))
+    try edit("model_index.json", "\"FluxPipeline\"", "\"StableDiffusionXLPipeline\"")
+    #expect(
+      load().contains(
+        "StableDiffusionXLPipeline is not supported; expected FluxPipeline or StableDiffusion3Pipeline"))
     try Data("{}".utf8).write(to: model.appending(path: "model_index.json"))
     #expect(load().contains("model_index.json: field _class"))
     try Data("[".utf8).write(to: model.appending(path: "model_index.json"))
@@ -174,7 +181,7 @@ struct ModelLoadingTests {
   @Test(
     "sizes that are not multiples of a token", arguments: [(40, 64), (64, 40), (0, 64), (64, -16), (8, 8)])
   func resolution(_ height: Int, _ width: Int) throws {
-    let pipeline = try FluxPipeline(model)
+    let pipeline = try ImagePipelines.load(model)
     let text = message { _ = try pipeline.grid(height: height, width: width) }
     #expect(text == "\(height) × \(width) pixels: this model takes multiples of 16")
     #expect(try pipeline.grid(height: 32, width: 48) == (2, 3))

@@ -59,6 +59,40 @@ struct CheckpointTests {
     try checkpoint.finish()
   }
 
+  @Test("parameters go to the dtype asked for and leave the file behind; integers keep theirs")
+  func placed() throws {
+    let url = folder.file("model.safetensors")
+    try Safetensors.write(
+      ["w": try Tensor([1.0, 1 / 3.0]), "h": try Tensor([Float(2), 3]), "n": try Tensor([7] as [Int64])],
+      to: url)
+    let root = try Checkpoint(folder: folder.url, dtype: .float32).root
+    let (w, h) = (try root.parameter("w", 2).tensor, try root.parameter("h", 2).tensor)
+    #expect(w.dtype == .float32 && h.dtype == .float32)
+    #expect(try root.parameter("n", 1).tensor.dtype == .int64)
+    // Copies, also where the dtype is the file's own: what becomes of the file does not reach them.
+    let file = try FileHandle(forWritingTo: url)
+    try file.seek(toOffset: 0)
+    try file.write(contentsOf: Data(repeating: 255, count: try Data(contentsOf: url).count))
+    try file.close()
+    #expect(try w.floats() == [1, 1 / 3] && h.floats() == [2, 3])
+  }
+
+  @Test("missing shards are listed; a pickle is named with the way to convert it")
+  func absent() throws {
+    let index = #"{"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}"#
+    try Data(index.utf8).write(to: folder.file("model.safetensors.index.json"))
+    try Safetensors.write(["a": try Tensor([1.0])], to: folder.file("m-1.safetensors"))
+    let missing = try #require(throws: CheckpointError.self) { try Checkpoint(folder: folder.url) }
+    #expect(missing.problems == ["1 of 2 shards are missing (m-2.safetensors): fetch them"])
+    let other = try TemporaryFolder()
+    try Data("x".utf8).write(to: other.file("pytorch_model.bin"))
+    let pickle = try #require(throws: CheckpointError.self) {
+      try Checkpoint(folder: other.url, names: ["model"])
+    }
+    #expect(pickle.problems[0].contains("pytorch_model.bin is a pickle"))
+    #expect(pickle.problems[0].contains("weights_only=True).items()}, 'model.safetensors'"))
+  }
+
   @Test("a blueprint reports misfits as files do, and its parameters take no memory")
   func blueprint() throws {
     let source = folder.file("list.json")
@@ -145,9 +179,10 @@ struct CheckpointTests {
     }
     try writeIndex(#"{"weight_map": {"a": "1.safetensors"}}"#)
     let shard = folder.file("1.safetensors")
-    #expect(throws: SafetensorsError(path: shard.path, reason: "No such file or directory")) {
-      try Checkpoint(folder: folder.url)
-    }
+    #expect(
+      throws: CheckpointError(
+        path: path, problems: ["1 of 1 shards are missing (1.safetensors): fetch them"])
+    ) { try Checkpoint(folder: folder.url) }
     try Safetensors.write(["b": Tensor([1.0])], to: shard)
     #expect(
       throws: CheckpointError(

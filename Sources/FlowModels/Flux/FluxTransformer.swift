@@ -53,7 +53,7 @@ public struct FluxTransformerConfig: Decodable, Sendable, Equatable {
 ///
 /// Reference: black-forest-labs/flux@802fb47 src/flux/model.py; keys and the order scale, shift of `norm_out` as in
 /// diffusers 0.42.1 FluxTransformer2DModel.
-public final class FluxTransformer {
+public final class FluxTransformer: FlowTransformer {
   /// The sizes this was built with.
   public let config: FluxTransformerConfig
   /// Layers and parameters by checkpoint key.
@@ -69,8 +69,7 @@ public final class FluxTransformer {
   public private(set) var device = Device.cpu
 
   private let xEmbedder, contextEmbedder, projOut: Linear
-  private let timeEmbedder, textEmbedder: MLPEmbedder
-  private let guidanceEmbedder: MLPEmbedder?
+  private let conditioning: TimeTextEmbedding
   private let doubleBlocks: [DoubleBlock]
   private let singleBlocks: [SingleBlock]
   /// The modulations of all blocks and of the output norm: one product with one embedding.
@@ -82,10 +81,12 @@ public final class FluxTransformer {
     let textTokens, rows, columns: Int
   }
 
-  /// Builds the network and takes every parameter of `folder`; any key that does not fit is an error.
-  public convenience init(folder: URL) throws {
+  /// Builds the network and takes every parameter of `folder`, straight to `dtype` and `device`.
+  public convenience init(folder: URL, dtype: DType = .float32, device: Device = .cpu) throws {
     let config = try ModelFolder.decode(FluxTransformerConfig.self, folder.appending(path: "config.json"))
-    try self.init(config: config, checkpoint: try Checkpoint(folder: folder))
+    try self.init(
+      config: config, checkpoint: try Checkpoint(folder: folder, dtype: dtype, device: device))
+    try place(dtype, device)
   }
 
   /// Builds the network and takes every parameter of `checkpoint`; any key that does not fit is an error.
@@ -101,10 +102,8 @@ public final class FluxTransformer {
     let (p, r, d) = (checkpoint.root, modules, config.width)
     xEmbedder = try Linear(config.inChannels, d, p / "x_embedder", r)
     contextEmbedder = try Linear(config.jointAttentionDim, d, p / "context_embedder", r)
-    let t = p / "time_text_embed"
-    timeEmbedder = try MLPEmbedder(256, d, t / "timestep_embedder", r)
-    guidanceEmbedder = config.guidanceEmbeds ? try MLPEmbedder(256, d, t / "guidance_embedder", r) : nil
-    textEmbedder = try MLPEmbedder(config.pooledProjectionDim, d, t / "text_embedder", r)
+    conditioning = try TimeTextEmbedding(
+      d, pooledSize: config.pooledProjectionDim, guidance: config.guidanceEmbeds, p / "time_text_embed", r)
     let shape = BlockShape(heads: config.numAttentionHeads, headSize: config.attentionHeadDim)
     doubleBlocks = try (0..<config.numLayers).map {
       try DoubleBlock(shape, p / "transformer_blocks" / $0, r)
@@ -156,7 +155,13 @@ public final class FluxTransformer {
           ? "this model embeds a guidance scale: set sampling.guidance, e.g. 3.5"
           : "this model embeds no guidance scale: leave guidance out")
     }
-    let embedding = try embed(timestep, guidance, pooled).silu()
+    /// In 0 … 1000.
+    func scaled(_ t: Tensor) throws(TorchError) -> Tensor {
+      try (try t.to(roundsTimeToDType ? dtype : .float32) * 1000).to(.float32)
+    }
+    let embedding = try conditioning(
+      try scaled(timestep), guidance: try guidance.map(scaled), pooled: pooled, dtype: dtype
+    ).silu()
     let modulation = try modulations(embedding).narrow(0, 0, batch).unsqueeze(1).split(modulationSizes, -1)
     var x = try xEmbedder(try latents.to(dtype))
     var y = try contextEmbedder(try text.to(dtype))
@@ -172,32 +177,6 @@ public final class FluxTransformer {
     x = try joint.narrow(1, textTokens, grid.rows * grid.columns)
     let out = try modulation[modulation.count - 1].chunk(2, -1)  // scale first here, unlike in the blocks
     return try projOut(try modulated(x, shift: out[1], scale: out[0]))
-  }
-
-  /// Embedding of time, guidance and pooled text [B', width], rows padded to a multiple of 32.
-  ///
-  /// Padding: float32 products with few rows depend on their number in the last bit, and rollout and replay
-  /// batches differ in size; the ratio must be exactly 1.
-  private func embed(_ timestep: Tensor, _ guidance: Tensor?, _ pooled: Tensor) throws -> Tensor {
-    func padded(_ t: Tensor) throws(TorchError) -> Tensor {
-      let extra = (32 - t.size(0) % 32) % 32
-      return extra == 0 ? t : try t.pad(t.rank == 1 ? [0, extra] : [0, 0, 0, extra])
-    }
-    func scaled(_ t: Tensor) throws(TorchError) -> Tensor {
-      try (try padded(t).to(roundsTimeToDType ? dtype : .float32) * 1000).to(.float32)
-    }
-    var sum = try timeEmbedder(try sinusoid(try scaled(timestep)).to(dtype))
-    if let guidanceEmbedder, let guidance {
-      sum = try sum + guidanceEmbedder(try sinusoid(try scaled(guidance)).to(dtype))
-    }
-    return try sum + textEmbedder(try padded(pooled).to(dtype))
-  }
-
-  /// [B] → [B, 256]: cosines then sines, period up to 10,000.
-  private func sinusoid(_ t: Tensor) throws(TorchError) -> Tensor {
-    let frequencies = try (Tensor.arange(to: 128) * (-log(10000.0)) / 128).exp().to(device)
-    let angles = try t.unsqueeze(1) * frequencies.unsqueeze(0)
-    return try Tensor.cat([try angles.cos(), try angles.sin()], -1)
   }
 
   /// Unit complex numbers [S, 1, 1, headSize/2]: angles in float64, table in float32; text tokens sit at the origin.
@@ -222,63 +201,15 @@ public final class FluxTransformer {
   }
 }
 
-struct BlockShape {
-  let heads, headSize: Int
-  var width: Int { heads * headSize }
-}
-
-/// `LayerNorm(x)·(1 + scale) + shift`, without learnt gain.
-func modulated(_ x: Tensor, shift: Tensor, scale: Tensor) throws(TorchError) -> Tensor {
-  try shift.adding(product: try x.layerNorm(eps: 1e-6), try scale + 1)
-}
-
-/// Source: black-forest-labs/flux@802fb47 src/flux/modules/layers.py#L52-L60.
-struct MLPEmbedder {
-  let linear1, linear2: Linear
-  init(_ inSize: Int, _ size: Int, _ p: ParameterPath, _ r: ModuleRegistry) throws {
-    linear1 = try Linear(inSize, size, p / "linear_1", r)
-    linear2 = try Linear(size, size, p / "linear_2", r)
-  }
-  /// [B, inSize] → [B, size].
-  func callAsFunction(_ x: Tensor) throws(TorchError) -> Tensor { try linear2(linear1(x).silu()) }
-}
-
-/// Gains of the query and key norms [2, 1, headSize], applied together.
-struct QueryKeyNorm {
-  let query, key: Parameter
-  init(_ size: Int, _ queryName: String, _ keyName: String, _ p: ParameterPath, _ r: ModuleRegistry) throws {
-    query = r.add(try (p / queryName).parameter("weight", size))
-    key = r.add(try (p / keyName).parameter("weight", size))
-  }
-  /// [B, S, 2, H, D] → the same in float32, normalised over D.
-  func callAsFunction(_ x: Tensor) throws(TorchError) -> Tensor {
-    let gains = try Tensor.stack([try query.value(), try key.value()]).to(.float32).unsqueeze(1)
-    return try x.to(.float32).rmsNorm(nil, eps: 1e-6) * gains
-  }
-}
-
 /// Rotates float32 queries and keys [B, S, 2, H, D] and attends: [B, S, H·D] in `values`' dtype.
 ///
 /// - Parameter values: [B, S, H, D].
-private func attend(
+private func attendRotated(
   _ queriesKeys: Tensor, _ values: Tensor, _ rotation: Tensor, _ kernel: AttentionKernel
 ) throws(TorchError) -> Tensor {
   let s = queriesKeys.shape
   let pairs = try queriesKeys.reshape([s[0], s[1], 2, s[3], s[4] / 2, 2]).viewAsComplex()
-  let rotated = try (pairs * rotation).viewAsReal().reshape(s).to(values.dtype)
-  let qk = try rotated.permute(2, 0, 3, 1, 4).contiguous()
-  return try attention(try qk[0], try qk[1], try values.transpose(1, 2).contiguous(), kernel: kernel)
-}
-
-private struct FeedForward {
-  let proj, out: Linear
-  init(_ size: Int, _ p: ParameterPath, _ r: ModuleRegistry) throws {
-    proj = try Linear(size, 4 * size, p / "net" / 0 / "proj", r)
-    out = try Linear(4 * size, size, p / "net" / 2, r)
-  }
-  func callAsFunction(_ x: Tensor) throws(TorchError) -> Tensor {
-    try out(proj(x).gelu(tanhApproximation: true))
-  }
+  return try attend(try (pairs * rotation).viewAsReal().reshape(s), values, kernel)
 }
 
 /// Image and text streams with joint attention; text tokens come first.
@@ -325,7 +256,7 @@ private struct DoubleBlock {
     let qk = try Tensor.cat(
       [try contextNorm(try text.narrow(2, 0, 2)), try norm(try image.narrow(2, 0, 2))], 1)
     let values = try Tensor.cat([try text.select(2, 2), try image.select(2, 2)], 1)
-    let mixed = try attend(qk, values, rotation, kernel)
+    let mixed = try attendRotated(qk, values, rotation, kernel)
     let parts = try mixed.split([y.size(1), x.size(1)], 1)
     var x = try x.adding(product: m[2], try out(parts[1]))
     x = try x.adding(product: m[5], try feedForward(try modulated(x, shift: m[3], scale: m[4])))
@@ -364,7 +295,7 @@ private struct SingleBlock {
     let d = shape.width
     let all = try projections(try modulated(x, shift: m[0], scale: m[1]))
     let qkv = try all.narrow(-1, 0, 3 * d).reshape(x.size(0), x.size(1), 3, shape.heads, shape.headSize)
-    let mixed = try attend(try norm(try qkv.narrow(2, 0, 2)), try qkv.select(2, 2), rotation, kernel)
+    let mixed = try attendRotated(try norm(try qkv.narrow(2, 0, 2)), try qkv.select(2, 2), rotation, kernel)
     let hidden = try all.narrow(-1, 3 * d, 4 * d).gelu(tanhApproximation: true)
     return try x.adding(product: m[2], try out(try Tensor.cat([mixed, hidden], -1)))
   }

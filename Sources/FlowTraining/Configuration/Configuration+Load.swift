@@ -132,6 +132,7 @@ extension Configuration {
     resolve(&model)
     resolve(&output)
     resolve(&prompts.file)
+    if !["auto", "memory"].contains(prompts.embeddings) { resolve(&prompts.embeddings) }
   }
 }
 

@@ -19,6 +19,7 @@ extension Configuration {
   private func validateSources() throws(ConfigurationError) {
     for (path, text) in [
       ("model", model), ("output", output), ("prompts.file", prompts.file), ("prompts.split", prompts.split),
+      ("prompts.embeddings", prompts.embeddings),
     ] {
       try require(!text.isEmpty, path, "expected a name, got an empty one")
     }
@@ -39,6 +40,7 @@ extension Configuration {
     try atLeast(2, sampling.steps, "sampling.steps", "the last step is never trained on")
     try positive(sampling.shift, "sampling.shift")
     if let guidance = sampling.guidance { try notNegative(guidance, "sampling.guidance") }
+    if let length = sampling.textLength { try atLeast(1, length, "sampling.textLength") }
     try atLeast(1, sampling.height, "sampling.height")
     try atLeast(1, sampling.width, "sampling.width")
     try require(

@@ -49,6 +49,8 @@ extension Configuration {
     public var file = "Data/prompts.jsonl"
     /// Name of a split in the file, or `all`.
     public var split = "train"
+    /// Where text embeddings are kept: `auto`, `memory`, or the folder that `chunkgrpo encode` wrote.
+    public var embeddings = "auto"
     /// Every default.
     public init() {}
   }
@@ -85,6 +87,10 @@ extension Configuration {
     public var shift = 3.0
     /// Guidance scale; nil where the model takes none.
     public var guidance: Double? = 3.5
+    /// What classifier-free guidance leads away from.
+    public var negative = ""
+    /// T5 tokens; nil for the model's own number.
+    public var textLength: Int?
     /// Image height in pixels.
     public var height = 64
     /// Image width in pixels.

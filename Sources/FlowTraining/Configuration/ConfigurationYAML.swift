@@ -84,7 +84,9 @@ extension Configuration: Configuration.Section {
 }
 
 extension Configuration.Prompts: Configuration.Section {
-  static var fields: [Configuration.Field<Self>] { [.init("file", \.file), .init("split", \.split)] }
+  static var fields: [Configuration.Field<Self>] {
+    [.init("file", \.file), .init("split", \.split), .init("embeddings", \.embeddings)]
+  }
 }
 
 extension Configuration.Reward: Configuration.Section {
@@ -97,6 +99,7 @@ extension Configuration.Sampling: Configuration.Section {
   static var fields: [Configuration.Field<Self>] {
     [
       .init("steps", \.steps), .init("shift", \.shift), .init("guidance", \.guidance),
+      .init("negative", \.negative), .init("textLength", \.textLength),
       .init("height", \.height), .init("width", \.width), .init("step", \.step), .init("eta", \.eta),
       .init("window", \.window), .init("sharedNoise", \.sharedNoise), .init("decode", \.decode),
       .init("schedule", \.schedule), .init("time", \.time),

@@ -40,10 +40,30 @@ extension Verifier {
     try compare("flux_transformer bfloat16", half, data, "out_bf16.sample", tolerance: 3e-2)
   }
 
+  mutating func sd3Transformer(_ data: SafetensorsFile) throws {
+    let folder = try modelFolder("sd3_transformer").appending(path: "transformer")
+    let network = try SD3Transformer(folder: folder)
+    func run() throws -> Tensor {
+      try withoutGrad {
+        try network(
+          try data.require("in.hidden_states"), text: try data.require("in.encoder_hidden_states"),
+          pooled: try data.require("in.pooled_projections"), timestep: try data.require("in.timestep"))
+      }
+    }
+    try compare("sd3_transformer float32", try run(), data, "out.sample")
+    guard data.shape("out_bf16.sample") != nil else { return }
+    try network.place(.bfloat16, .cpu)
+    let half = try run().to(.float32)
+    try compare("sd3_transformer bfloat16", half, data, "out_bf16.sample", tolerance: 3e-2)
+  }
+
   mutating func fluxText(_ data: SafetensorsFile) throws {
-    let pipeline = try pipeline("flux_text")
+    guard let pipeline = try pipeline("flux_text") as? FluxPipeline else {
+      throw RunError("flux_text: the model folder is no FluxPipeline")
+    }
+    let encoders = try pipeline.encoders.models()
     let (clip, t5) = try withoutGrad {
-      (try pipeline.clip(try data.require("in.clip_ids")), try pipeline.t5(try data.require("in.t5_ids")))
+      (try encoders.clip(try data.require("in.clip_ids")), try encoders.t5(try data.require("in.t5_ids")))
     }
     try compare("flux_text clip last_hidden", clip.last, data, "out.clip_last_hidden")
     try compare("flux_text clip pooled", clip.pooled, data, "out.clip_pooled")
@@ -51,7 +71,7 @@ extension Verifier {
     try compare("flux_text t5", t5, data, "out.t5_last_hidden")
     for key in data.names where key.hasPrefix("out.t5_rel_bias_") {
       guard let n = Int(key.dropFirst("out.t5_rel_bias_".count)) else { continue }
-      try compare("flux_text t5 bias \(n)", try pipeline.t5.positionBias(n).squeeze(0), data, key)
+      try compare("flux_text t5 bias \(n)", try encoders.t5.positionBias(n).squeeze(0), data, key)
     }
   }
 
@@ -99,36 +119,55 @@ extension Verifier {
     record("flux_lora gradients (\(ours.count) tensors)", error: error, tolerance: 1e-4)
   }
 
-  /// A whole text-to-image run, from stored token ids or embeddings.
-  mutating func fluxPipeline(_ name: String, _ data: SafetensorsFile) throws {
+  /// A whole text-to-image run, from the prompts' texts.
+  mutating func imagePipeline(_ name: String, _ data: SafetensorsFile) throws {
     let settings = try settings(name)
     let tolerance = settings["tolerance"] as? Double ?? 1e-4
     let latents = try data.require("in.latents")
-    let steps = settings["steps"] as? Int ?? 4
-    guard let height = settings["height"] as? Int, let width = settings["width"] as? Int else {
+    guard let steps = settings["steps"] as? Int ?? data.shape("out.latents_by_step")?[0] else {
+      throw RunError("\(name).json: steps is missing, and there is no out.latents_by_step")
+    }
+    let folder = try ModelFolder(try modelFolder(name))
+    // An SD3 prompt begins with CLIP's 77 tokens.
+    let before = folder.pipeline == "StableDiffusion3Pipeline" ? 77 : 0
+    let length =
+      settings["max_sequence_length"] as? Int ?? data.shape("out.prompt_embeds").map { $0[1] - before }
+    let pipeline = try pipeline(name, textLength: length)
+    let shape = latents.shape
+    let scale = pipeline.autoencoder.downscale
+    guard let height = settings["height"] as? Int ?? (shape.count == 4 ? shape[2] * scale : nil),
+      let width = settings["width"] as? Int ?? (shape.count == 4 ? shape[3] * scale : nil)
+    else {
       throw RunError("\(name).json: height and width are missing")
     }
-    let length = settings["max_sequence_length"] as? Int ?? data.shape("out.prompt_embeds")?[1]
-    let pipeline = try pipeline(name, textLength: length)
     let grid = try pipeline.grid(height: height, width: width)
-    let prompts = try storedPrompts(data, count: latents.size(0))
-    let condition = try Condition.stack(try prompts.map { try pipeline.encode($0) })
+    let prompts = try storedPrompts(data, count: shape[0])
+    let tokens = try prompts.map { try pipeline.text.tokens($0) }
+    let conditions = try tokens.map { try pipeline.text.encode($0) }
+    let condition = try Condition.stack(conditions)
     for (key, ids) in [
-      ("in.clip_ids", prompts.map { pipeline.tokens($0).clip.ids }),
-      ("in.t5_ids", prompts.map { pipeline.tokens($0).t5.ids }),
+      ("in.clip_ids", tokens.flatMap { $0[0].ids }), ("in.t5_ids", tokens.flatMap { $0.last!.ids }),
     ] where data.shape(key) != nil {
-      let differing = zip(ids.flatMap { $0 }, try data.require(key).int64s()).filter { $0 != $1 }.count
+      let differing = zip(ids, try data.require(key).int64s()).filter { $0 != $1 }.count
       record("\(name) \(key.dropFirst(3))", error: Double(differing), tolerance: 0)
+    }
+    var network = pipeline.flowModel(grid: grid)
+    let guidance = settings["guidance"] as? Double
+    if pipeline.guidance == .classifierFree, guidance ?? 1 > 1 {
+      let negative = try pipeline.text.encode(settings["negative_prompt"] as? String ?? "")
+      network = GuidedFlowModel(network, negative: negative)
+      if let expected = data.shape("out.negative_prompt_embeds") {
+        let rows = [Condition](repeating: negative, count: expected[0])
+        let stacked = try Condition.stack(rows)
+        try compare(
+          "\(name) negative prompt_embeds", stacked.tensors[0], data, "out.negative_prompt_embeds")
+        try compare("\(name) negative pooled", stacked.tensors[1], data, "out.negative_pooled")
+      }
     }
     let schedule = try pipeline.schedule(steps: steps, grid: grid)
     let table = try TransitionTable(schedule: schedule, kind: .ode, eta: 0, stochastic: 0..<0)
-    let rollout = Rollout(table: table, guidance: settings["guidance"] as? Double, batch: latents.size(0))
-    let rows = try (0..<latents.size(0)).map { i in
-      Condition(try condition.tensors.map { try $0[i..<(i + 1)] })
-    }
-    let run = try rollout.sample(pipeline.flowModel(grid: grid), initial: latents, conditions: rows) {
-      _, _, _ in
-    }
+    let rollout = Rollout(table: table, guidance: guidance, batch: shape[0])
+    let run = try rollout.sample(network, initial: latents, conditions: conditions) { _, _, _ in }
     let image = try pipeline.decode(run.clean, grid: grid)
     if data.shape("out.sigmas") != nil {
       record(

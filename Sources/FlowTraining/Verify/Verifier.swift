@@ -47,7 +47,7 @@ public struct Verifier {
   let folder: URL
   let io: URL
   private(set) var rows: [Row] = []
-  private var pipelines: [String: FluxPipeline] = [:]
+  private var pipelines: [String: any ImagePipeline] = [:]
 
   /// Checks everything known in `folder`.
   ///
@@ -105,8 +105,9 @@ public struct Verifier {
     case "scheduler": try scheduler(data)
     case "peer_logprob": try peerLogProb(data)
     case "gcpo_chunk_step", "gcpo_grpo_step": try gcpoStep(name, data)
-    case _ where name.hasPrefix("flux") && name.hasSuffix("pipeline"): try fluxPipeline(name, data)
-    default: unsupported(name, "this version knows FLUX models only")
+    case "sd3_transformer": try sd3Transformer(data)
+    case _ where name.hasSuffix("pipeline"): try imagePipeline(name, data)
+    default: unsupported(name, "this version does not know what it holds")
     }
   }
 
@@ -129,11 +130,13 @@ public struct Verifier {
     return folder
   }
 
-  mutating func pipeline(_ name: String, textLength: Int? = nil) throws -> FluxPipeline {
+  mutating func pipeline(_ name: String, textLength: Int? = nil) throws -> any ImagePipeline {
     let url = try modelFolder(name)
     let key = "\(url.path) \(textLength ?? 0)"
     if let loaded = pipelines[key] { return loaded }
-    let loaded = try FluxPipeline(url, textLength: textLength)
+    var options = PipelineOptions()
+    options.textLength = textLength
+    let loaded = try ImagePipelines.load(url, options)
     pipelines[key] = loaded
     return loaded
   }

@@ -1,0 +1,40 @@
+import Torch
+
+/// An exponential moving average of trained weights: a ← d·a + (1 − d)·θ after every optimizer step, from a = θ at
+/// the start.
+///
+/// It is what is evaluated and exported; sampling for training goes on with θ, whose log-probabilities the ratios
+/// need.
+final class WeightAverage {
+  /// The averages by parameter name.
+  let values: [String: Tensor]
+  private let parameters: [String: Tensor]
+  private let decay: Double
+
+  init(_ parameters: [String: Tensor], decay: Double) throws {
+    self.parameters = parameters
+    self.decay = decay
+    values = try parameters.mapValues { try $0.detach().clone() }
+  }
+
+  /// Takes in the parameters as they are now.
+  func update() throws {
+    for (name, value) in values {
+      try value.copy(from: try value * decay + parameters[name]!.detach() * (1 - decay))
+    }
+  }
+
+  /// Runs `body` with the averages in place of the parameters, which come back bit for bit.
+  func withAverage<R>(_ body: () throws -> R) throws -> R {
+    let kept = try parameters.mapValues { try $0.detach().clone() }
+    for (name, tensor) in parameters { try tensor.copy(from: values[name]!) }
+    let result = Result(catching: body)
+    for (name, tensor) in parameters { try tensor.copy(from: kept[name]!) }
+    return try result.get()
+  }
+
+  /// Overwrites the averages with saved ones.
+  func restore(_ saved: (String) throws -> Tensor) throws {
+    for (name, value) in values { try value.copy(from: try saved(name)) }
+  }
+}
