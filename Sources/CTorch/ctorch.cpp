@@ -8,14 +8,17 @@
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/version.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
 #include <exception>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -80,6 +83,107 @@ int32_t guarded(F &&body) {
   return -1;
 }
 
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+/* Autocast of this thread, for the devices this package knows. */
+struct Autocast {
+  struct Entry {
+    at::DeviceType device;
+    bool enabled;
+    at::ScalarType type;
+  };
+  std::vector<Entry> entries;
+  Autocast() {
+    for (auto device : {at::kCPU, at::kCUDA})
+      entries.push_back({device, at::autocast::is_autocast_enabled(device), at::autocast::get_autocast_dtype(device)});
+  }
+  void enter() const {
+    for (const auto &e : entries) {
+      at::autocast::set_autocast_enabled(e.device, e.enabled);
+      at::autocast::set_autocast_dtype(e.device, e.type);
+    }
+  }
+};
+
+/* A function of tensors that lives in Swift, with the modes in which it was first run. */
+struct Body : torch::CustomClassHolder {
+  ctorch_body run;
+  void (*release)(void *);
+  void *context;
+  Autocast autocast;
+
+  Body(ctorch_body run, void (*release)(void *), void *context) : run(run), release(release), context(context) {}
+  Body(const Body &) = delete;
+  Body &operator=(const Body &) = delete;
+  ~Body() override { release(context); }
+
+  variable_list operator()(const variable_list &inputs) const {
+    std::vector<ctorch_tensor> taken;
+    for (const auto &t : inputs) taken.push_back(wrap(t));
+    std::vector<ctorch_tensor> given(16, nullptr);
+    // Casts cached in a pass that records nothing would cut later ones off from their weights.
+    const bool cached = at::autocast::is_autocast_cache_enabled();
+    at::autocast::set_autocast_cache_enabled(false);
+    int32_t count = run(context, taken.data(), int32_t(taken.size()), given.data(), int32_t(given.size()));
+    at::autocast::set_autocast_cache_enabled(cached);
+    if (count < 0) throw std::runtime_error(last_error);
+    variable_list outputs;
+    for (int32_t i = 0; i < count; i++) {
+      outputs.push_back(unwrap(given[i]));
+      ctorch_tensor_free(given[i]);
+    }
+    return outputs;
+  }
+};
+
+struct Checkpointed : torch::autograd::Function<Checkpointed> {
+  /* `anchor` is a leaf, so that outputs have a graph also where only leaves inside the body need gradients. */
+  static variable_list forward(AutogradContext *ctx, const Tensor &, at::TensorList inputs,
+                               const c10::intrusive_ptr<Body> &body) {
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward(inputs.vec());
+    ctx->saved_data["body"] = c10::IValue::make_capsule(body);
+    variable_list outputs = (*body)(inputs.vec()), constant;
+    for (auto &t : outputs) {
+      const bool given = std::any_of(inputs.begin(), inputs.end(), [&](const Tensor &input) { return input.is_same(t); });
+      // A leaf that the body handed through would itself become an output of this node.
+      if (t.requires_grad() && !given) t = t.detach();
+      if (!t.is_floating_point() && !t.is_complex()) constant.push_back(t);
+    }
+    ctx->mark_non_differentiable(constant);
+    return outputs;
+  }
+
+  static variable_list backward(AutogradContext *ctx, const variable_list &gradients) {
+    enter_thread();  // of a CUDA graph this is libtorch's thread of the device
+    auto body = c10::static_intrusive_pointer_cast<Body>(ctx->saved_data["body"].toCapsule());
+    variable_list inputs;
+    for (const auto &t : ctx->get_saved_variables()) inputs.push_back(t.detach().set_requires_grad(t.requires_grad()));
+    struct Restored {
+      Autocast before;
+      ~Restored() { before.enter(); }
+    } restored;
+    body->autocast.enter();
+    {
+      at::AutoGradMode recording(true);
+      variable_list outputs = (*body)(inputs), roots, seeds;
+      TORCH_CHECK(outputs.size() == gradients.size(), "the body gave ", gradients.size(), " tensors and, run again, ",
+                  outputs.size());
+      for (size_t i = 0; i < outputs.size(); i++) {
+        if (!gradients[i].defined() || !outputs[i].requires_grad()) continue;
+        roots.push_back(outputs[i]);
+        seeds.push_back(gradients[i]);
+      }
+      if (!roots.empty()) torch::autograd::backward(roots, seeds);
+    }
+    variable_list result(1);
+    for (const auto &t : inputs) result.push_back(t.grad());
+    result.emplace_back();
+    return result;
+  }
+};
+
 }  // namespace
 
 extern "C" {
@@ -109,6 +213,7 @@ bool ctorch_set_grad_enabled(bool enabled) {
   c10::GradMode::set_enabled(enabled);
   return before;
 }
+bool ctorch_grad_enabled(void) { return c10::GradMode::is_enabled(); }
 int32_t ctorch_autocast_get(int32_t device, bool *enabled, int32_t *type) {
   return guarded([&] {
     *enabled = at::autocast::is_autocast_enabled(kind(device));
@@ -128,6 +233,7 @@ void ctorch_tensor_free(ctorch_tensor t) {
   delete &unwrap(t);
   live.fetch_sub(1, std::memory_order_relaxed);
 }
+ctorch_tensor ctorch_retain(ctorch_tensor t) { return wrap(unwrap(t)); }
 int32_t ctorch_from_data(ctorch_tensor *out, const void *data, int32_t type, const int64_t *sizes, int32_t rank) {
   return guarded([&] {
     Tensor t = at::empty(ints(sizes, rank), at::TensorOptions().dtype(dtype(type)));
@@ -370,6 +476,20 @@ int32_t ctorch_backward(ctorch_tensor loss, ctorch_tensor gradient) {
     std::vector<Tensor> seeds;
     if (gradient) seeds.push_back(unwrap(gradient));
     torch::autograd::backward({unwrap(loss)}, seeds);
+  });
+}
+void ctorch_fail(const char *message) { last_error = message; }
+int32_t ctorch_checkpointed(ctorch_tensor *outputs, int32_t capacity, int32_t *produced, const ctorch_tensor *inputs,
+                            int32_t count, ctorch_body run, void (*release)(void *), void *context) {
+  return guarded([&] {
+    auto body = c10::make_intrusive<Body>(run, release, context);
+    auto values = list(inputs, count);
+    auto options = at::TensorOptions().dtype(at::kFloat).device(values.empty() ? at::kCPU : values[0].device());
+    Tensor anchor = at::empty({0}, options).set_requires_grad(true);
+    variable_list results = Checkpointed::apply(anchor, at::TensorList(values), body);
+    TORCH_CHECK(int32_t(results.size()) <= capacity, "the body gave more than ", capacity, " tensors");
+    for (size_t i = 0; i < results.size(); i++) outputs[i] = wrap(results[i]);
+    *produced = int32_t(results.size());
   });
 }
 int32_t ctorch_total_norm(ctorch_tensor *out, const ctorch_tensor *items, int32_t count) {

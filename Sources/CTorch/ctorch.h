@@ -19,7 +19,7 @@ extern "C" {
 #define CTORCH_API __attribute__((visibility("default")))
 
 /* Raised whenever a signature below changes; the Swift side refuses a library with another number. */
-#define CTORCH_ABI_VERSION 1
+#define CTORCH_ABI_VERSION 2
 
 typedef struct ctorch_tensor_opaque *ctorch_tensor;
 
@@ -43,11 +43,13 @@ CTORCH_API int32_t ctorch_synchronize(int32_t device, int32_t index);
 
 /* -- modes of the calling thread: each returns the previous value --------------------------------------- */
 CTORCH_API bool ctorch_set_grad_enabled(bool enabled);
+CTORCH_API bool ctorch_grad_enabled(void);
 CTORCH_API int32_t ctorch_autocast_get(int32_t device, bool *enabled, int32_t *dtype);
 CTORCH_API int32_t ctorch_autocast_set(int32_t device, bool enabled, int32_t dtype); /* leaving clears the cache */
 
 /* -- life, content --------------------------------------------------------------------------------------- */
 CTORCH_API void ctorch_tensor_free(ctorch_tensor tensor);
+CTORCH_API ctorch_tensor ctorch_retain(ctorch_tensor tensor); /* another reference, to be freed as well */
 /* Copies `count` elements from `data`. */
 CTORCH_API int32_t ctorch_from_data(ctorch_tensor *out, const void *data, int32_t dtype, const int64_t *sizes, int32_t rank);
 /* No copy: `release(context)` runs when the last tensor on `data` goes. */
@@ -134,6 +136,18 @@ CTORCH_API int32_t ctorch_set_requires_grad(ctorch_tensor tensor, bool value);
 CTORCH_API int32_t ctorch_grad(ctorch_tensor *out, ctorch_tensor tensor); /* *out is NULL where there is none */
 CTORCH_API int32_t ctorch_clear_grad(ctorch_tensor tensor);
 CTORCH_API int32_t ctorch_backward(ctorch_tensor loss, ctorch_tensor gradient); /* gradient NULL: 1 for a scalar */
+/* A function of tensors: takes over `inputs`, hands out at most `capacity` `outputs` and returns their number, or -1
+ * after ctorch_fail(). It may be called from another thread than the one that passed it. */
+typedef int32_t (*ctorch_body)(void *context, const ctorch_tensor *inputs, int32_t count, ctorch_tensor *outputs,
+                               int32_t capacity);
+/* Sets the message of a body that returns -1. */
+CTORCH_API void ctorch_fail(const char *message);
+/* Runs `body` without recording it and keeps only the inputs: backward runs it once more, recorded, and goes through
+ * that. Leaves that `body` knows by itself get their gradients there. `release(context)` runs once, when the last
+ * output's graph goes or when this fails. *outputs has room for `capacity` tensors; their number goes to *produced. */
+CTORCH_API int32_t ctorch_checkpointed(ctorch_tensor *outputs, int32_t capacity, int32_t *produced,
+                                       const ctorch_tensor *inputs, int32_t count, ctorch_body body,
+                                       void (*release)(void *), void *context);
 CTORCH_API int32_t ctorch_total_norm(ctorch_tensor *out, const ctorch_tensor *list, int32_t count); /* 2-norm over all, float32 scalar */
 CTORCH_API int32_t ctorch_foreach_mul_(const ctorch_tensor *list, int32_t count, double factor);
 CTORCH_API int32_t ctorch_fused_adamw_(const ctorch_tensor *params, const ctorch_tensor *grads, const ctorch_tensor *means,

@@ -32,6 +32,7 @@ public final class Engine {
     pipeline.transformer.roundsTimeToDType = configuration.network.timeRounding == .model
     pipeline.transformer.attentionKernel = AttentionKernel(
       rawValue: configuration.network.attention.rawValue)!
+    try Self.saveMemory(pipeline, configuration.network)
     grid = try pipeline.grid(height: configuration.sampling.height, width: configuration.sampling.width)
     network = TimedNetwork(pipeline.flowModel(grid: grid))
     encoder = PromptEncoder(pipeline)
@@ -40,6 +41,15 @@ public final class Engine {
     if pipeline.transformer.config.guidanceEmbeds, guidance == nil {
       throw RunError("sampling.guidance: this model embeds a guidance scale; set one, e.g. 3.5")
     }
+  }
+
+  private static func saveMemory(_ pipeline: FluxPipeline, _ network: Configuration.Network) throws {
+    pipeline.transformer.checkpointing =
+      switch network.checkpointing {
+      case .none: nil
+      case .block: 1
+      case .every(let n): n
+      }
   }
 
   /// Where the network is.

@@ -611,14 +611,6 @@ struct ConfigurationValidationTests {
       ("loss.kl=0.04", "loss.kl: 0.04 is not implemented in this version; use 0"),
       ("loss.anchor=replay", "loss.anchor: replay is not implemented in this version; use rollout"),
       (
-        "network.checkpointing=block",
-        "network.checkpointing: block is not implemented in this version; use none"
-      ),
-      (
-        "network.checkpointing=every:2",
-        "network.checkpointing: every:2 is not implemented in this version; use none"
-      ),
-      (
         "chunk.draw=weighted",
         "chunk.draw: weighted is not implemented in this version; use uniform or only:a,b,…"
       ),

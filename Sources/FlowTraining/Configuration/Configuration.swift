@@ -365,7 +365,7 @@ extension Configuration {
       case none
       /// Those of every block.
       case block
-      /// Those of every n-th block; written `every:n`.
+      /// Those of segments of n consecutive blocks, of which only the inputs are kept; written `every:n`.
       case every(Int)
     }
   }
