@@ -34,6 +34,7 @@ static_assert(int(at::kByte) == CTORCH_UINT8 && int(at::kInt) == CTORCH_INT32 &&
 static_assert(int(at::kHalf) == CTORCH_FLOAT16 && int(at::kFloat) == CTORCH_FLOAT32);
 static_assert(int(at::kDouble) == CTORCH_FLOAT64 && int(at::kComplexFloat) == CTORCH_COMPLEX64);
 static_assert(int(at::kBool) == CTORCH_BOOL && int(at::kBFloat16) == CTORCH_BFLOAT16);
+static_assert(int(at::kChar) == CTORCH_INT8 && int(at::kFloat8_e4m3fn) == CTORCH_FLOAT8);
 
 thread_local std::string last_error;
 std::atomic<int64_t> live{0};
@@ -181,6 +182,27 @@ struct Checkpointed : torch::autograd::Function<Checkpointed> {
     for (const auto &t : inputs) result.push_back(t.grad());
     result.emplace_back();
     return result;
+  }
+};
+
+Tensor dequantised(const Tensor &codes, const Tensor &scales, at::ScalarType type) {
+  return codes.to(at::kFloat).mul_(scales.unsqueeze(1)).to(type);
+}
+
+struct QuantisedLinear : torch::autograd::Function<QuantisedLinear> {
+  static Tensor forward(AutogradContext *ctx, const Tensor &x, const Tensor &codes, const Tensor &scales,
+                        const std::optional<Tensor> &bias) {
+    ctx->save_for_backward({codes, scales});
+    return at::linear(x, dequantised(codes, scales, x.scalar_type()), bias);
+  }
+  static variable_list backward(AutogradContext *ctx, const variable_list &gradients) {
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &g = gradients[0];
+    auto shape = g.sizes().vec();
+    shape.back() = saved[0].size(1);
+    // Flat, as linear() does it: the same product gives the same bits.
+    Tensor rows = g.reshape({-1, g.size(-1)}).mm(dequantised(saved[0], saved[1], g.scalar_type()));
+    return {rows.reshape(shape), Tensor(), Tensor(), Tensor()};
   }
 };
 
@@ -514,6 +536,33 @@ int32_t ctorch_fused_adamw_(const ctorch_tensor *params, const ctorch_tensor *gr
     at::_foreach_add_(n, 1);  // the kernel reads the number of this step, it does not count
     at::_fused_adamw_(p, g, m, s, /*max_exp_avg_sqs=*/{}, n, lr, beta1, beta2, weight_decay, eps,
                       /*amsgrad=*/false, /*maximize=*/false);
+  });
+}
+
+int32_t ctorch_quantise_rows(ctorch_tensor *codes, ctorch_tensor *scales, ctorch_tensor weight, int32_t type) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    TORCH_CHECK(unwrap(weight).dim() == 2, "expected a matrix");
+    TORCH_CHECK(type == CTORCH_INT8 || type == CTORCH_FLOAT8, "expected int8 or float8");
+    const double most = type == CTORCH_INT8 ? 127 : 448;  // 448: the largest finite e4m3
+    Tensor w = unwrap(weight).to(at::kFloat);
+    Tensor scale = w.abs().amax(1).div_(most);
+    Tensor y = w / at::where(scale > 0, scale, at::ones_like(scale)).unsqueeze(1);
+    if (type == CTORCH_INT8) y.round_();
+    Tensor c = y.clamp_(-most, most).to(dtype(type));
+    *codes = wrap(c);
+    *scales = wrap(scale);
+  });
+}
+int32_t ctorch_dequantise_rows(ctorch_tensor *out, ctorch_tensor codes, ctorch_tensor scales, int32_t type) {
+  return guarded([&] { *out = wrap(dequantised(unwrap(codes), unwrap(scales), dtype(type))); });
+}
+int32_t ctorch_quantised_linear(ctorch_tensor *out, ctorch_tensor x, ctorch_tensor codes, ctorch_tensor scales,
+                                ctorch_tensor bias) {
+  return guarded([&] {
+    auto b = optional(bias);
+    TORCH_CHECK(!b || !b->requires_grad(), "a quantised layer gives its bias no gradient");
+    *out = wrap(QuantisedLinear::apply(unwrap(x), unwrap(codes), unwrap(scales), b));
   });
 }
 

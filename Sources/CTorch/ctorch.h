@@ -25,8 +25,8 @@ typedef struct ctorch_tensor_opaque *ctorch_tensor;
 
 /* dtypes: the numbers of c10::ScalarType, pinned by static_assert in ctorch.cpp. */
 enum {
-  CTORCH_UINT8 = 0, CTORCH_INT32 = 3, CTORCH_INT64 = 4, CTORCH_FLOAT16 = 5, CTORCH_FLOAT32 = 6,
-  CTORCH_FLOAT64 = 7, CTORCH_COMPLEX64 = 9, CTORCH_BOOL = 11, CTORCH_BFLOAT16 = 15
+  CTORCH_UINT8 = 0, CTORCH_INT8 = 1, CTORCH_INT32 = 3, CTORCH_INT64 = 4, CTORCH_FLOAT16 = 5, CTORCH_FLOAT32 = 6,
+  CTORCH_FLOAT64 = 7, CTORCH_COMPLEX64 = 9, CTORCH_BOOL = 11, CTORCH_BFLOAT16 = 15, CTORCH_FLOAT8 = 24
 };
 enum { CTORCH_CPU = 0, CTORCH_CUDA = 1 };
 
@@ -153,6 +153,14 @@ CTORCH_API int32_t ctorch_foreach_mul_(const ctorch_tensor *list, int32_t count,
 CTORCH_API int32_t ctorch_fused_adamw_(const ctorch_tensor *params, const ctorch_tensor *grads, const ctorch_tensor *means,
                                        const ctorch_tensor *squares, const ctorch_tensor *steps, int32_t count,
                                        double lr, double beta1, double beta2, double weight_decay, double eps);
+
+/* -- frozen weights of one byte ------------------------------------------------------------------------------ */
+/* weight [out, in] -> codes of `dtype` (int8 or float8) and scales [out] float32, weight ~ scales * codes. */
+CTORCH_API int32_t ctorch_quantise_rows(ctorch_tensor *codes, ctorch_tensor *scales, ctorch_tensor weight, int32_t dtype);
+CTORCH_API int32_t ctorch_dequantise_rows(ctorch_tensor *out, ctorch_tensor codes, ctorch_tensor scales, int32_t dtype);
+/* linear() of the dequantised weight in x's dtype; only codes and scales are kept for backward, which gives the
+ * gradient of x alone. bias may be NULL. */
+CTORCH_API int32_t ctorch_quantised_linear(ctorch_tensor *out, ctorch_tensor x, ctorch_tensor codes, ctorch_tensor scales, ctorch_tensor bias);
 
 #ifdef __cplusplus
 }

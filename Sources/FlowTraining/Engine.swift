@@ -50,6 +50,9 @@ public final class Engine {
       case .block: 1
       case .every(let n): n
       }
+    if let kind = QuantisedWeight(rawValue: network.weights.rawValue) {
+      try pipeline.transformer.modules.quantise(kind, where: FluxTransformer.isQuantisable)
+    }
   }
 
   /// Where the network is.

@@ -40,7 +40,8 @@ struct ConfigurationTests {
     updatesPerIteration: 2, microBatch: 48}
     trainable: {kind: lora, rank: 16, alpha: 32, targets: [to_q, to_k, to_v, to_out.0]}   # or {kind: full}
     ema: {decay: 0}
-    network: {dtype: auto, timeRounding: float32, attention: auto, checkpointing: none}
+    network: {dtype: auto, timeRounding: float32, attention: auto, checkpointing: none, \
+    weights: model}
     run: {iterations: 50, checkpointEvery: 5, keep: 2, samplesEvery: 5, evaluateEvery: 10}
     """
 
@@ -62,7 +63,7 @@ struct ConfigurationTests {
     microBatch: 7}
     trainable: {kind: full, rank: 4, alpha: 0.5, targets: "größe 🙂"}
     ema: {decay: 0.999}
-    network: {dtype: bfloat16, timeRounding: model, attention: math, checkpointing: "every:4"}
+    network: {dtype: bfloat16, timeRounding: model, attention: math, checkpointing: "every:4", weights: fp8}
     run: {iterations: 3, checkpointEvery: 1, keep: 9, samplesEvery: 0, evaluateEvery: 0}
     """
 
@@ -558,6 +559,11 @@ struct ConfigurationValidationTests {
       (
         ["network.checkpointing=every:0"],
         "network.checkpointing: expected at least 1, got 0: every:n counts blocks"
+      ),
+      (
+        ["network.weights=int8", "trainable.kind=full"],
+        "network.weights: int8 keeps weights that are not trained, trainable.kind full trains all; "
+          + "use model, or trainable.kind lora"
       ),
       (["run.iterations=0"], "run.iterations: expected at least 1, got 0"),
       (["run.checkpointEvery=0"], "run.checkpointEvery: expected at least 1, got 0"),

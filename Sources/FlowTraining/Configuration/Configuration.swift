@@ -331,6 +331,8 @@ extension Configuration {
     public var attention = Attention.auto
     /// Activations recomputed in the backward pass.
     public var checkpointing = Checkpointing.none
+    /// How the frozen weights of the transformer's blocks are kept.
+    public var weights = Weights.model
     /// Every default.
     public init() {}
 
@@ -367,6 +369,15 @@ extension Configuration {
       case block
       /// Those of segments of n consecutive blocks, of which only the inputs are kept; written `every:n`.
       case every(Int)
+    }
+    /// How the frozen weights of the transformer's blocks are kept.
+    public enum Weights: String, Choice, CaseIterable {
+      /// In the network's dtype.
+      case model
+      /// 8-bit integers with a scale for each row.
+      case int8
+      /// 8-bit floating point (e4m3) with a scale for each row.
+      case fp8
     }
   }
 
