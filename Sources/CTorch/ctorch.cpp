@@ -206,6 +206,30 @@ struct QuantisedLinear : torch::autograd::Function<QuantisedLinear> {
   }
 };
 
+/* One moment in blocks of 256: a code a value, a scale a block. */
+struct Blocks {
+  Tensor codes, scales, table;
+  bool squared;  // whether what is kept on average is the square of the values
+
+  Tensor values() const {
+    return table.index_select(0, codes.reshape(-1).to(at::kInt)).view(codes.sizes()).mul_(scales.unsqueeze(1));
+  }
+  /* Takes the larger neighbour where the value's place between the two is above `threshold`, in 0 ... 1. */
+  void set(const Tensor &values, const Tensor &threshold) {
+    Tensor largest = values.abs().amax(1);
+    Tensor y = values / at::where(largest > 0, largest, at::ones_like(largest)).unsqueeze(1);
+    Tensor index = at::bucketize(y, table, /*out_int32=*/true, /*right=*/true).sub_(1).clamp_(0, table.numel() - 2);
+    Tensor low = table.index_select(0, index.view(-1)).view(y.sizes());
+    Tensor high = table.index_select(0, (index + 1).view(-1)).view(y.sizes());
+    Tensor place = squared ? (y * y - low * low) / (high * high - low * low) : (y - low) / (high - low);
+    index += place > threshold;
+    // A root that became 0 would leave its element without a denominator.
+    if (squared) index = at::maximum(index, (y > 0).to(at::kInt));
+    codes.copy_(index);
+    scales.copy_(largest);
+  }
+};
+
 }  // namespace
 
 extern "C" {
@@ -536,6 +560,39 @@ int32_t ctorch_fused_adamw_(const ctorch_tensor *params, const ctorch_tensor *gr
     at::_foreach_add_(n, 1);  // the kernel reads the number of this step, it does not count
     at::_fused_adamw_(p, g, m, s, /*max_exp_avg_sqs=*/{}, n, lr, beta1, beta2, weight_decay, eps,
                       /*amsgrad=*/false, /*maximize=*/false);
+  });
+}
+int32_t ctorch_blockwise_adamw_(ctorch_tensor param, ctorch_tensor grad, ctorch_tensor means, ctorch_tensor mean_scales,
+                                ctorch_tensor roots, ctorch_tensor root_scales, ctorch_tensor mean_table,
+                                ctorch_tensor root_table, int64_t step, double lr, double beta1, double beta2,
+                                double weight_decay, double eps) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    constexpr int64_t block = 256, most = 16384;  // blocks at once: bounds what is held in float32 at a time
+    Tensor p = unwrap(param).view(-1), g = unwrap(grad).reshape(-1);
+    const int64_t blocks = unwrap(means).size(0), size = p.numel();
+    TORCH_CHECK(g.numel() == size && (size + block - 1) / block == blocks, "gradient or moments of another size");
+    const double first = 1 - std::pow(beta1, double(step)), second = 1 - std::pow(beta2, double(step));
+    for (int64_t start = 0; start < blocks; start += most) {
+      const int64_t rows = std::min(most, blocks - start), low = start * block;
+      const int64_t length = std::min(rows * block, size - low);
+      auto part = [&](ctorch_tensor t) { return unwrap(t).narrow(0, start, rows); };
+      Blocks mean{part(means), part(mean_scales), unwrap(mean_table), false};
+      Blocks root{part(roots), part(root_scales), unwrap(root_table), true};
+      Tensor gradient = at::constant_pad_nd(g.narrow(0, low, length).to(at::kFloat), {0, rows * block - length}, 0);
+      gradient = gradient.view({rows, block});
+      Tensor m = mean.values().mul_(beta1).add_(gradient, 1 - beta1);
+      Tensor r = root.values().square_().mul_(beta2).addcmul_(gradient, gradient, 1 - beta2).sqrt_();
+      Tensor target = p.narrow(0, low, length);
+      target.mul_(1 - lr * weight_decay);
+      target.sub_((m / (r / std::sqrt(second)).add_(eps)).view(-1).narrow(0, 0, length), lr / first);
+      // A lattice in (element, step): spread evenly over the elements of a block and over the steps of an element.
+      Tensor threshold = at::arange(low, low + rows * block, p.options().dtype(at::kDouble));
+      threshold = threshold.mul_(0.7548776662466927).add_(double(step) * 0.5698402909980532).frac_().to(at::kFloat);
+      threshold = threshold.view({rows, block});
+      mean.set(m, threshold);
+      root.set(r, 1 - threshold);
+    }
   });
 }
 

@@ -153,6 +153,14 @@ CTORCH_API int32_t ctorch_foreach_mul_(const ctorch_tensor *list, int32_t count,
 CTORCH_API int32_t ctorch_fused_adamw_(const ctorch_tensor *params, const ctorch_tensor *grads, const ctorch_tensor *means,
                                        const ctorch_tensor *squares, const ctorch_tensor *steps, int32_t count,
                                        double lr, double beta1, double beta2, double weight_decay, double eps);
+/* AdamW step number `step` (from 1) of one contiguous float32 parameter of n elements. Moments are codes uint8
+ * [ceil(n / 256), 256] with one float32 scale a row: value = scale * code_table[code]; `roots` holds the square root of
+ * the second moment. Tables ascend, float32; that of the roots starts at 0. Codes are rounded so that the moments are
+ * kept on average over steps; which way is a function of (element, step). */
+CTORCH_API int32_t ctorch_blockwise_adamw_(ctorch_tensor param, ctorch_tensor grad, ctorch_tensor means, ctorch_tensor mean_scales,
+                                           ctorch_tensor roots, ctorch_tensor root_scales, ctorch_tensor mean_table,
+                                           ctorch_tensor root_table, int64_t step, double lr, double beta1, double beta2,
+                                           double weight_decay, double eps);
 
 /* -- frozen weights of one byte ------------------------------------------------------------------------------ */
 /* weight [out, in] -> codes of `dtype` (int8 or float8) and scales [out] float32, weight ~ scales * codes. */

@@ -154,4 +154,24 @@ public enum Foreach {
     }
     try check("adamW", parameters, status)
   }
+  /// One AdamW step of one parameter whose moments are kept as codes; see `ctorch_blockwise_adamw_`.
+  ///
+  /// - Parameters:
+  ///   - parameter: float32, contiguous, n elements.
+  ///   - means, roots: uint8 [⌈n/256⌉, 256] with `meanScales`, `rootScales` [⌈n/256⌉] float32: mean of the
+  ///     gradient and root of the mean of its square.
+  ///   - meanTable, rootTable: ascending values of the codes, float32; the second starts at 0.
+  ///   - step: number of this step, from 1.
+  public static func blockwiseAdamW(
+    parameter: Tensor, gradient: Tensor, means: Tensor, meanScales: Tensor, roots: Tensor, rootScales: Tensor,
+    meanTable: Tensor, rootTable: Tensor, step: Int, learningRate: Double, betas: (Double, Double),
+    weightDecay: Double, epsilon: Double
+  ) throws(TorchError) {
+    try check(
+      "blockwiseAdamW", [parameter, gradient, means, roots],
+      ctorch_blockwise_adamw_(
+        parameter.handle, gradient.handle, means.handle, meanScales.handle, roots.handle, rootScales.handle,
+        meanTable.handle, rootTable.handle, Int64(step), learningRate, betas.0, betas.1, weightDecay, epsilon)
+    )
+  }
 }

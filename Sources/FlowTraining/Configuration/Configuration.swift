@@ -287,8 +287,20 @@ extension Configuration {
     public var updatesPerIteration = 2
     /// Steps that are back-propagated at once; changes memory and speed only.
     public var microBatch = 48
+    /// How the moments are kept.
+    public var state = State.float32
+    /// Whether the moments live in host memory; changes memory and speed only.
+    public var offload = false
     /// Every default.
     public init() {}
+
+    /// How the moments are kept.
+    public enum State: String, Choice, CaseIterable {
+      /// 8 bytes a trained parameter.
+      case float32
+      /// 2 bytes a trained parameter: codes of 8 bits in blocks with a scale.
+      case int8
+    }
   }
 
   /// Which weights are trained.
