@@ -53,6 +53,7 @@ public final class Engine {
     if let kind = QuantisedWeight(rawValue: network.weights.rawValue) {
       try pipeline.transformer.modules.quantise(kind, where: FluxTransformer.isQuantisable)
     }
+    pipeline.autoencoder.passes = AutoencoderKL.Passes(rawValue: network.vae.rawValue)!
   }
 
   /// Where the network is.

@@ -345,6 +345,8 @@ extension Configuration {
     public var checkpointing = Checkpointing.none
     /// How the frozen weights of the transformer's blocks are kept.
     public var weights = Weights.model
+    /// How images go through the autoencoder.
+    public var vae = VAE.auto
     /// Every default.
     public init() {}
 
@@ -390,6 +392,17 @@ extension Configuration {
       case int8
       /// 8-bit floating point (e4m3) with a scale for each row.
       case fp8
+    }
+    /// How images go through the autoencoder.
+    public enum VAE: String, Choice, CaseIterable {
+      /// By size: all at once, image by image or tile by tile.
+      case auto
+      /// All of a batch at once.
+      case plain
+      /// Image by image.
+      case sliced
+      /// Tile by tile.
+      case tiled
     }
   }
 

@@ -154,7 +154,7 @@ extension Configuration.Network: Configuration.Section {
   static var fields: [Configuration.Field<Self>] {
     [
       .init("dtype", \.dtype), .init("timeRounding", \.timeRounding), .init("attention", \.attention),
-      .init("checkpointing", \.checkpointing), .init("weights", \.weights),
+      .init("checkpointing", \.checkpointing), .init("weights", \.weights), .init("vae", \.vae),
     ]
   }
 }
