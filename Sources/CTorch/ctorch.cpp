@@ -6,6 +6,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -251,6 +252,19 @@ bool ctorch_has_bfloat16_matmul(void) {
 int32_t ctorch_synchronize(int32_t device, int32_t index) {
   return guarded([&] {
     if (device == CTORCH_CUDA) at::detail::getCUDAHooks().deviceSynchronize(static_cast<c10::DeviceIndex>(index));
+  });
+}
+int32_t ctorch_peak_memory(int64_t *bytes, int32_t device, int32_t index) {
+  return guarded([&] {
+    TORCH_CHECK(at::detail::getCUDAHooks().hasCUDA(), "no CUDA device");
+    auto stats = c10::getDeviceAllocator(kind(device))->getDeviceStats(static_cast<c10::DeviceIndex>(index));
+    *bytes = stats.allocated_bytes[size_t(c10::CachingAllocator::StatType::AGGREGATE)].peak;
+  });
+}
+int32_t ctorch_reset_peak_memory(int32_t device, int32_t index) {
+  return guarded([&] {
+    TORCH_CHECK(at::detail::getCUDAHooks().hasCUDA(), "no CUDA device");
+    c10::getDeviceAllocator(kind(device))->resetPeakStats(static_cast<c10::DeviceIndex>(index));
   });
 }
 

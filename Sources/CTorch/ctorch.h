@@ -40,6 +40,9 @@ CTORCH_API int32_t ctorch_set_num_threads(int32_t count);
 CTORCH_API bool ctorch_cuda_available(void);
 CTORCH_API bool ctorch_has_bfloat16_matmul(void);  /* CPU with native bfloat16 dot products */
 CTORCH_API int32_t ctorch_synchronize(int32_t device, int32_t index);
+/* Most bytes the device's allocator has held since the last reset; CUDA only. */
+CTORCH_API int32_t ctorch_peak_memory(int64_t *bytes, int32_t device, int32_t index);
+CTORCH_API int32_t ctorch_reset_peak_memory(int32_t device, int32_t index);
 
 /* -- modes of the calling thread: each returns the previous value --------------------------------------- */
 CTORCH_API bool ctorch_set_grad_enabled(bool enabled);
