@@ -6,16 +6,20 @@
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/version.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
 #include <exception>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -31,6 +35,7 @@ static_assert(int(at::kByte) == CTORCH_UINT8 && int(at::kInt) == CTORCH_INT32 &&
 static_assert(int(at::kHalf) == CTORCH_FLOAT16 && int(at::kFloat) == CTORCH_FLOAT32);
 static_assert(int(at::kDouble) == CTORCH_FLOAT64 && int(at::kComplexFloat) == CTORCH_COMPLEX64);
 static_assert(int(at::kBool) == CTORCH_BOOL && int(at::kBFloat16) == CTORCH_BFLOAT16);
+static_assert(int(at::kChar) == CTORCH_INT8 && int(at::kFloat8_e4m3fn) == CTORCH_FLOAT8);
 
 thread_local std::string last_error;
 std::atomic<int64_t> live{0};
@@ -80,6 +85,152 @@ int32_t guarded(F &&body) {
   return -1;
 }
 
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+/* Autocast of this thread, for the devices this package knows. */
+struct Autocast {
+  struct Entry {
+    at::DeviceType device;
+    bool enabled;
+    at::ScalarType type;
+  };
+  std::vector<Entry> entries;
+  Autocast() {
+    for (auto device : {at::kCPU, at::kCUDA})
+      entries.push_back({device, at::autocast::is_autocast_enabled(device), at::autocast::get_autocast_dtype(device)});
+  }
+  void enter() const {
+    for (const auto &e : entries) {
+      at::autocast::set_autocast_enabled(e.device, e.enabled);
+      at::autocast::set_autocast_dtype(e.device, e.type);
+    }
+  }
+};
+
+/* A function of tensors that lives in Swift, with the modes in which it was first run. */
+struct Body : torch::CustomClassHolder {
+  ctorch_body run;
+  void (*release)(void *);
+  void *context;
+  Autocast autocast;
+
+  Body(ctorch_body run, void (*release)(void *), void *context) : run(run), release(release), context(context) {}
+  Body(const Body &) = delete;
+  Body &operator=(const Body &) = delete;
+  ~Body() override { release(context); }
+
+  variable_list operator()(const variable_list &inputs) const {
+    std::vector<ctorch_tensor> taken;
+    for (const auto &t : inputs) taken.push_back(wrap(t));
+    std::vector<ctorch_tensor> given(16, nullptr);
+    // Casts cached in a pass that records nothing would cut later ones off from their weights.
+    const bool cached = at::autocast::is_autocast_cache_enabled();
+    at::autocast::set_autocast_cache_enabled(false);
+    int32_t count = run(context, taken.data(), int32_t(taken.size()), given.data(), int32_t(given.size()));
+    at::autocast::set_autocast_cache_enabled(cached);
+    if (count < 0) throw std::runtime_error(last_error);
+    variable_list outputs;
+    for (int32_t i = 0; i < count; i++) {
+      outputs.push_back(unwrap(given[i]));
+      ctorch_tensor_free(given[i]);
+    }
+    return outputs;
+  }
+};
+
+struct Checkpointed : torch::autograd::Function<Checkpointed> {
+  /* `anchor` is a leaf, so that outputs have a graph also where only leaves inside the body need gradients. */
+  static variable_list forward(AutogradContext *ctx, const Tensor &, at::TensorList inputs,
+                               const c10::intrusive_ptr<Body> &body) {
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward(inputs.vec());
+    ctx->saved_data["body"] = c10::IValue::make_capsule(body);
+    variable_list outputs = (*body)(inputs.vec()), constant;
+    for (auto &t : outputs) {
+      const bool given = std::any_of(inputs.begin(), inputs.end(), [&](const Tensor &input) { return input.is_same(t); });
+      // A leaf that the body handed through would itself become an output of this node.
+      if (t.requires_grad() && !given) t = t.detach();
+      if (!t.is_floating_point() && !t.is_complex()) constant.push_back(t);
+    }
+    ctx->mark_non_differentiable(constant);
+    return outputs;
+  }
+
+  static variable_list backward(AutogradContext *ctx, const variable_list &gradients) {
+    enter_thread();  // of a CUDA graph this is libtorch's thread of the device
+    auto body = c10::static_intrusive_pointer_cast<Body>(ctx->saved_data["body"].toCapsule());
+    variable_list inputs;
+    for (const auto &t : ctx->get_saved_variables()) inputs.push_back(t.detach().set_requires_grad(t.requires_grad()));
+    struct Restored {
+      Autocast before;
+      ~Restored() { before.enter(); }
+    } restored;
+    body->autocast.enter();
+    {
+      at::AutoGradMode recording(true);
+      variable_list outputs = (*body)(inputs), roots, seeds;
+      TORCH_CHECK(outputs.size() == gradients.size(), "the body gave ", gradients.size(), " tensors and, run again, ",
+                  outputs.size());
+      for (size_t i = 0; i < outputs.size(); i++) {
+        if (!gradients[i].defined() || !outputs[i].requires_grad()) continue;
+        roots.push_back(outputs[i]);
+        seeds.push_back(gradients[i]);
+      }
+      if (!roots.empty()) torch::autograd::backward(roots, seeds);
+    }
+    variable_list result(1);
+    for (const auto &t : inputs) result.push_back(t.grad());
+    result.emplace_back();
+    return result;
+  }
+};
+
+Tensor dequantised(const Tensor &codes, const Tensor &scales, at::ScalarType type) {
+  return codes.to(at::kFloat).mul_(scales.unsqueeze(1)).to(type);
+}
+
+struct QuantisedLinear : torch::autograd::Function<QuantisedLinear> {
+  static Tensor forward(AutogradContext *ctx, const Tensor &x, const Tensor &codes, const Tensor &scales,
+                        const std::optional<Tensor> &bias) {
+    ctx->save_for_backward({codes, scales});
+    return at::linear(x, dequantised(codes, scales, x.scalar_type()), bias);
+  }
+  static variable_list backward(AutogradContext *ctx, const variable_list &gradients) {
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &g = gradients[0];
+    auto shape = g.sizes().vec();
+    shape.back() = saved[0].size(1);
+    // Flat, as linear() does it: the same product gives the same bits.
+    Tensor rows = g.reshape({-1, g.size(-1)}).mm(dequantised(saved[0], saved[1], g.scalar_type()));
+    return {rows.reshape(shape), Tensor(), Tensor(), Tensor()};
+  }
+};
+
+/* One moment in blocks of 256: a code a value, a scale a block. */
+struct Blocks {
+  Tensor codes, scales, table;
+  bool squared;  // whether what is kept on average is the square of the values
+
+  Tensor values() const {
+    return table.index_select(0, codes.reshape(-1).to(at::kInt)).view(codes.sizes()).mul_(scales.unsqueeze(1));
+  }
+  /* Takes the larger neighbour where the value's place between the two is above `threshold`, in 0 ... 1. */
+  void set(const Tensor &values, const Tensor &threshold) {
+    Tensor largest = values.abs().amax(1);
+    Tensor y = values / at::where(largest > 0, largest, at::ones_like(largest)).unsqueeze(1);
+    Tensor index = at::bucketize(y, table, /*out_int32=*/true, /*right=*/true).sub_(1).clamp_(0, table.numel() - 2);
+    Tensor low = table.index_select(0, index.view(-1)).view(y.sizes());
+    Tensor high = table.index_select(0, (index + 1).view(-1)).view(y.sizes());
+    Tensor place = squared ? (y * y - low * low) / (high * high - low * low) : (y - low) / (high - low);
+    index += place > threshold;
+    // A root that became 0 would leave its element without a denominator.
+    if (squared) index = at::maximum(index, (y > 0).to(at::kInt));
+    codes.copy_(index);
+    scales.copy_(largest);
+  }
+};
+
 }  // namespace
 
 extern "C" {
@@ -103,12 +254,26 @@ int32_t ctorch_synchronize(int32_t device, int32_t index) {
     if (device == CTORCH_CUDA) at::detail::getCUDAHooks().deviceSynchronize(static_cast<c10::DeviceIndex>(index));
   });
 }
+int32_t ctorch_peak_memory(int64_t *bytes, int32_t device, int32_t index) {
+  return guarded([&] {
+    TORCH_CHECK(at::detail::getCUDAHooks().hasCUDA(), "no CUDA device");
+    auto stats = c10::getDeviceAllocator(kind(device))->getDeviceStats(static_cast<c10::DeviceIndex>(index));
+    *bytes = stats.allocated_bytes[size_t(c10::CachingAllocator::StatType::AGGREGATE)].peak;
+  });
+}
+int32_t ctorch_reset_peak_memory(int32_t device, int32_t index) {
+  return guarded([&] {
+    TORCH_CHECK(at::detail::getCUDAHooks().hasCUDA(), "no CUDA device");
+    c10::getDeviceAllocator(kind(device))->resetPeakStats(static_cast<c10::DeviceIndex>(index));
+  });
+}
 
 bool ctorch_set_grad_enabled(bool enabled) {
   bool before = c10::GradMode::is_enabled();
   c10::GradMode::set_enabled(enabled);
   return before;
 }
+bool ctorch_grad_enabled(void) { return c10::GradMode::is_enabled(); }
 int32_t ctorch_autocast_get(int32_t device, bool *enabled, int32_t *type) {
   return guarded([&] {
     *enabled = at::autocast::is_autocast_enabled(kind(device));
@@ -128,6 +293,7 @@ void ctorch_tensor_free(ctorch_tensor t) {
   delete &unwrap(t);
   live.fetch_sub(1, std::memory_order_relaxed);
 }
+ctorch_tensor ctorch_retain(ctorch_tensor t) { return wrap(unwrap(t)); }
 int32_t ctorch_from_data(ctorch_tensor *out, const void *data, int32_t type, const int64_t *sizes, int32_t rank) {
   return guarded([&] {
     Tensor t = at::empty(ints(sizes, rank), at::TensorOptions().dtype(dtype(type)));
@@ -372,6 +538,20 @@ int32_t ctorch_backward(ctorch_tensor loss, ctorch_tensor gradient) {
     torch::autograd::backward({unwrap(loss)}, seeds);
   });
 }
+void ctorch_fail(const char *message) { last_error = message; }
+int32_t ctorch_checkpointed(ctorch_tensor *outputs, int32_t capacity, int32_t *produced, const ctorch_tensor *inputs,
+                            int32_t count, ctorch_body run, void (*release)(void *), void *context) {
+  return guarded([&] {
+    auto body = c10::make_intrusive<Body>(run, release, context);
+    auto values = list(inputs, count);
+    auto options = at::TensorOptions().dtype(at::kFloat).device(values.empty() ? at::kCPU : values[0].device());
+    Tensor anchor = at::empty({0}, options).set_requires_grad(true);
+    variable_list results = Checkpointed::apply(anchor, at::TensorList(values), body);
+    TORCH_CHECK(int32_t(results.size()) <= capacity, "the body gave more than ", capacity, " tensors");
+    for (size_t i = 0; i < results.size(); i++) outputs[i] = wrap(results[i]);
+    *produced = int32_t(results.size());
+  });
+}
 int32_t ctorch_total_norm(ctorch_tensor *out, const ctorch_tensor *items, int32_t count) {
   return guarded([&] {
     at::NoGradGuard no_grad;
@@ -394,6 +574,66 @@ int32_t ctorch_fused_adamw_(const ctorch_tensor *params, const ctorch_tensor *gr
     at::_foreach_add_(n, 1);  // the kernel reads the number of this step, it does not count
     at::_fused_adamw_(p, g, m, s, /*max_exp_avg_sqs=*/{}, n, lr, beta1, beta2, weight_decay, eps,
                       /*amsgrad=*/false, /*maximize=*/false);
+  });
+}
+int32_t ctorch_blockwise_adamw_(ctorch_tensor param, ctorch_tensor grad, ctorch_tensor means, ctorch_tensor mean_scales,
+                                ctorch_tensor roots, ctorch_tensor root_scales, ctorch_tensor mean_table,
+                                ctorch_tensor root_table, int64_t step, double lr, double beta1, double beta2,
+                                double weight_decay, double eps) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    constexpr int64_t block = 256, most = 16384;  // blocks at once: bounds what is held in float32 at a time
+    Tensor p = unwrap(param).view(-1), g = unwrap(grad).reshape(-1);
+    const int64_t blocks = unwrap(means).size(0), size = p.numel();
+    TORCH_CHECK(g.numel() == size && (size + block - 1) / block == blocks, "gradient or moments of another size");
+    const double first = 1 - std::pow(beta1, double(step)), second = 1 - std::pow(beta2, double(step));
+    for (int64_t start = 0; start < blocks; start += most) {
+      const int64_t rows = std::min(most, blocks - start), low = start * block;
+      const int64_t length = std::min(rows * block, size - low);
+      auto part = [&](ctorch_tensor t) { return unwrap(t).narrow(0, start, rows); };
+      Blocks mean{part(means), part(mean_scales), unwrap(mean_table), false};
+      Blocks root{part(roots), part(root_scales), unwrap(root_table), true};
+      Tensor gradient = at::constant_pad_nd(g.narrow(0, low, length).to(at::kFloat), {0, rows * block - length}, 0);
+      gradient = gradient.view({rows, block});
+      Tensor m = mean.values().mul_(beta1).add_(gradient, 1 - beta1);
+      Tensor r = root.values().square_().mul_(beta2).addcmul_(gradient, gradient, 1 - beta2).sqrt_();
+      Tensor target = p.narrow(0, low, length);
+      target.mul_(1 - lr * weight_decay);
+      target.sub_((m / (r / std::sqrt(second)).add_(eps)).view(-1).narrow(0, 0, length), lr / first);
+      // A lattice in (element, step): spread evenly over the elements of a block and over the steps of an element.
+      Tensor threshold = at::arange(low, low + rows * block, p.options().dtype(at::kDouble));
+      threshold = threshold.mul_(0.7548776662466927).add_(double(step) * 0.5698402909980532).frac_().to(at::kFloat);
+      threshold = threshold.view({rows, block});
+      mean.set(m, threshold);
+      root.set(r, 1 - threshold);
+    }
+  });
+}
+
+int32_t ctorch_quantise_rows(ctorch_tensor *codes, ctorch_tensor *scales, ctorch_tensor weight, int32_t type) {
+  return guarded([&] {
+    at::NoGradGuard no_grad;
+    TORCH_CHECK(unwrap(weight).dim() == 2, "expected a matrix");
+    TORCH_CHECK(type == CTORCH_INT8 || type == CTORCH_FLOAT8, "expected int8 or float8");
+    const double most = type == CTORCH_INT8 ? 127 : 448;  // 448: the largest finite e4m3
+    Tensor w = unwrap(weight).to(at::kFloat);
+    Tensor scale = w.abs().amax(1).div_(most);
+    Tensor y = w / at::where(scale > 0, scale, at::ones_like(scale)).unsqueeze(1);
+    if (type == CTORCH_INT8) y.round_();
+    Tensor c = y.clamp_(-most, most).to(dtype(type));
+    *codes = wrap(c);
+    *scales = wrap(scale);
+  });
+}
+int32_t ctorch_dequantise_rows(ctorch_tensor *out, ctorch_tensor codes, ctorch_tensor scales, int32_t type) {
+  return guarded([&] { *out = wrap(dequantised(unwrap(codes), unwrap(scales), dtype(type))); });
+}
+int32_t ctorch_quantised_linear(ctorch_tensor *out, ctorch_tensor x, ctorch_tensor codes, ctorch_tensor scales,
+                                ctorch_tensor bias) {
+  return guarded([&] {
+    auto b = optional(bias);
+    TORCH_CHECK(!b || !b->requires_grad(), "a quantised layer gives its bias no gradient");
+    *out = wrap(QuantisedLinear::apply(unwrap(x), unwrap(codes), unwrap(scales), b));
   });
 }
 

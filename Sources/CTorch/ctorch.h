@@ -19,14 +19,14 @@ extern "C" {
 #define CTORCH_API __attribute__((visibility("default")))
 
 /* Raised whenever a signature below changes; the Swift side refuses a library with another number. */
-#define CTORCH_ABI_VERSION 1
+#define CTORCH_ABI_VERSION 2
 
 typedef struct ctorch_tensor_opaque *ctorch_tensor;
 
 /* dtypes: the numbers of c10::ScalarType, pinned by static_assert in ctorch.cpp. */
 enum {
-  CTORCH_UINT8 = 0, CTORCH_INT32 = 3, CTORCH_INT64 = 4, CTORCH_FLOAT16 = 5, CTORCH_FLOAT32 = 6,
-  CTORCH_FLOAT64 = 7, CTORCH_COMPLEX64 = 9, CTORCH_BOOL = 11, CTORCH_BFLOAT16 = 15
+  CTORCH_UINT8 = 0, CTORCH_INT8 = 1, CTORCH_INT32 = 3, CTORCH_INT64 = 4, CTORCH_FLOAT16 = 5, CTORCH_FLOAT32 = 6,
+  CTORCH_FLOAT64 = 7, CTORCH_COMPLEX64 = 9, CTORCH_BOOL = 11, CTORCH_BFLOAT16 = 15, CTORCH_FLOAT8 = 24
 };
 enum { CTORCH_CPU = 0, CTORCH_CUDA = 1 };
 
@@ -40,14 +40,19 @@ CTORCH_API int32_t ctorch_set_num_threads(int32_t count);
 CTORCH_API bool ctorch_cuda_available(void);
 CTORCH_API bool ctorch_has_bfloat16_matmul(void);  /* CPU with native bfloat16 dot products */
 CTORCH_API int32_t ctorch_synchronize(int32_t device, int32_t index);
+/* Most bytes the device's allocator has held since the last reset; CUDA only. */
+CTORCH_API int32_t ctorch_peak_memory(int64_t *bytes, int32_t device, int32_t index);
+CTORCH_API int32_t ctorch_reset_peak_memory(int32_t device, int32_t index);
 
 /* -- modes of the calling thread: each returns the previous value --------------------------------------- */
 CTORCH_API bool ctorch_set_grad_enabled(bool enabled);
+CTORCH_API bool ctorch_grad_enabled(void);
 CTORCH_API int32_t ctorch_autocast_get(int32_t device, bool *enabled, int32_t *dtype);
 CTORCH_API int32_t ctorch_autocast_set(int32_t device, bool enabled, int32_t dtype); /* leaving clears the cache */
 
 /* -- life, content --------------------------------------------------------------------------------------- */
 CTORCH_API void ctorch_tensor_free(ctorch_tensor tensor);
+CTORCH_API ctorch_tensor ctorch_retain(ctorch_tensor tensor); /* another reference, to be freed as well */
 /* Copies `count` elements from `data`. */
 CTORCH_API int32_t ctorch_from_data(ctorch_tensor *out, const void *data, int32_t dtype, const int64_t *sizes, int32_t rank);
 /* No copy: `release(context)` runs when the last tensor on `data` goes. */
@@ -134,11 +139,39 @@ CTORCH_API int32_t ctorch_set_requires_grad(ctorch_tensor tensor, bool value);
 CTORCH_API int32_t ctorch_grad(ctorch_tensor *out, ctorch_tensor tensor); /* *out is NULL where there is none */
 CTORCH_API int32_t ctorch_clear_grad(ctorch_tensor tensor);
 CTORCH_API int32_t ctorch_backward(ctorch_tensor loss, ctorch_tensor gradient); /* gradient NULL: 1 for a scalar */
+/* A function of tensors: takes over `inputs`, hands out at most `capacity` `outputs` and returns their number, or -1
+ * after ctorch_fail(). It may be called from another thread than the one that passed it. */
+typedef int32_t (*ctorch_body)(void *context, const ctorch_tensor *inputs, int32_t count, ctorch_tensor *outputs,
+                               int32_t capacity);
+/* Sets the message of a body that returns -1. */
+CTORCH_API void ctorch_fail(const char *message);
+/* Runs `body` without recording it and keeps only the inputs: backward runs it once more, recorded, and goes through
+ * that. Leaves that `body` knows by itself get their gradients there. `release(context)` runs once, when the last
+ * output's graph goes or when this fails. *outputs has room for `capacity` tensors; their number goes to *produced. */
+CTORCH_API int32_t ctorch_checkpointed(ctorch_tensor *outputs, int32_t capacity, int32_t *produced,
+                                       const ctorch_tensor *inputs, int32_t count, ctorch_body body,
+                                       void (*release)(void *), void *context);
 CTORCH_API int32_t ctorch_total_norm(ctorch_tensor *out, const ctorch_tensor *list, int32_t count); /* 2-norm over all, float32 scalar */
 CTORCH_API int32_t ctorch_foreach_mul_(const ctorch_tensor *list, int32_t count, double factor);
 CTORCH_API int32_t ctorch_fused_adamw_(const ctorch_tensor *params, const ctorch_tensor *grads, const ctorch_tensor *means,
                                        const ctorch_tensor *squares, const ctorch_tensor *steps, int32_t count,
                                        double lr, double beta1, double beta2, double weight_decay, double eps);
+/* AdamW step number `step` (from 1) of one contiguous float32 parameter of n elements. Moments are codes uint8
+ * [ceil(n / 256), 256] with one float32 scale a row: value = scale * code_table[code]; `roots` holds the square root of
+ * the second moment. Tables ascend, float32; that of the roots starts at 0. Codes are rounded so that the moments are
+ * kept on average over steps; which way is a function of (element, step). */
+CTORCH_API int32_t ctorch_blockwise_adamw_(ctorch_tensor param, ctorch_tensor grad, ctorch_tensor means, ctorch_tensor mean_scales,
+                                           ctorch_tensor roots, ctorch_tensor root_scales, ctorch_tensor mean_table,
+                                           ctorch_tensor root_table, int64_t step, double lr, double beta1, double beta2,
+                                           double weight_decay, double eps);
+
+/* -- frozen weights of one byte ------------------------------------------------------------------------------ */
+/* weight [out, in] -> codes of `dtype` (int8 or float8) and scales [out] float32, weight ~ scales * codes. */
+CTORCH_API int32_t ctorch_quantise_rows(ctorch_tensor *codes, ctorch_tensor *scales, ctorch_tensor weight, int32_t dtype);
+CTORCH_API int32_t ctorch_dequantise_rows(ctorch_tensor *out, ctorch_tensor codes, ctorch_tensor scales, int32_t dtype);
+/* linear() of the dequantised weight in x's dtype; only codes and scales are kept for backward, which gives the
+ * gradient of x alone. bias may be NULL. */
+CTORCH_API int32_t ctorch_quantised_linear(ctorch_tensor *out, ctorch_tensor x, ctorch_tensor codes, ctorch_tensor scales, ctorch_tensor bias);
 
 #ifdef __cplusplus
 }

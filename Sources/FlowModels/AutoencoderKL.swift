@@ -15,6 +15,7 @@ public final class AutoencoderKL {
     let normNumGroups: Int?
     let inChannels: Int?
     let outChannels: Int?
+    let sampleSize: Int?
     let scalingFactor: Double?
     let shiftFactor: Double?
     let useQuantConv: Bool?
@@ -26,6 +27,26 @@ public final class AutoencoderKL {
   public let config: Config
   /// Layers and parameters by checkpoint key.
   public let modules = ModuleRegistry()
+  /// How much of a batch of images goes through the network at once.
+  public enum Passes: String, Sendable, CaseIterable {
+    /// ``tiled`` above 1024 × 1024 pixels, ``sliced`` where a batch's largest layers would take more than 2
+    /// GiB, else ``plain``.
+    case auto
+    /// The whole batch.
+    case plain
+    /// One image at a time.
+    case sliced
+    /// One tile of one image at a time; see ``AutoencoderKL/tileSize``.
+    case tiled
+  }
+  /// How batches are encoded and decoded.
+  public var passes = Passes.auto
+  /// Side of a tile in pixels; neighbours overlap by a quarter and are blended linearly there.
+  ///
+  /// Tiles are normalised and attended to by themselves: the result is close to that of ``Passes/plain``, not
+  /// equal. Initially `sample_size` of config.json.
+  public var tileSize: Int
+
   /// Pixels a latent cell covers along each side.
   public var downscale: Int { 1 << (config.blockOutChannels.count - 1) }
   private let encoder: Encoder
@@ -42,6 +63,7 @@ public final class AutoencoderKL {
   /// Builds the autoencoder and takes every parameter of `checkpoint`; any key that does not fit is an error.
   public init(config: Config, checkpoint: Checkpoint) throws {
     self.config = config
+    tileSize = config.sampleSize ?? 512
     let (p, c, r) = (checkpoint.root, config, modules)
     encoder = try Encoder(c, p / "encoder", r)
     decoder = try Decoder(c, p / "decoder", r)
@@ -53,14 +75,91 @@ public final class AutoencoderKL {
 
   /// images [B, 3, H, W] in −1 … 1 → mean and log-variance of the latent [B, C, h, w].
   public func encode(_ images: Tensor) throws(TorchError) -> (mean: Tensor, logVariance: Tensor) {
-    var moments = try encoder(images)
-    if let quant { moments = try quant(moments) }
+    let moments = try run(images, tile: tileSize, scale: (1, downscale)) { x throws(TorchError) in
+      let moments = try encoder(x)
+      return try quant?(moments) ?? moments
+    }
     let parts = try moments.chunk(2, 1)
     return (parts[0], try parts[1].clamp(-30, 20))
   }
   /// latents [B, C, h, w] → images [B, 3, H, W], about −1 … 1.
   public func decode(_ latents: Tensor) throws(TorchError) -> Tensor {
-    try decoder(try postQuant?(latents) ?? latents)
+    try run(latents, tile: tileSize / downscale, scale: (downscale, 1)) { z throws(TorchError) in
+      try decoder(try postQuant?(z) ?? z)
+    }
+  }
+
+  /// The passes of a batch of `count` images of `height` × `width` pixels; never ``Passes/auto``.
+  public func passes(count: Int, height: Int, width: Int) -> Passes {
+    guard passes == .auto else { return passes }
+    if height * width > 1024 * 1024 { return .tiled }
+    // The last level is the largest: float32 input, normalised input and output of its first convolution.
+    let channels = config.blockOutChannels[min(1, config.blockOutChannels.count - 1)]
+    return count > 1 && count * height * width * channels * 4 * 3 > 2 << 30 ? .sliced : .plain
+  }
+
+  /// Applies `part` to the batch, to its images or to their tiles.
+  ///
+  /// - Parameters:
+  ///   - tile: side of a tile in cells of `x`.
+  ///   - scale: side of a cell of `x` in pixels, and of a cell of the result.
+  private func run(
+    _ x: Tensor, tile: Int, scale: (input: Int, output: Int), _ part: (Tensor) throws(TorchError) -> Tensor
+  ) throws(TorchError) -> Tensor {
+    let s = x.shape
+    let chosen = passes(count: s[0], height: s[2] * scale.input, width: s[3] * scale.input)
+    guard chosen != .plain else { return try part(x) }
+    var images: [Tensor] = []
+    for i in 0..<s[0] {
+      let image = try x[i..<(i + 1)]
+      let tiles = chosen == .tiled && max(s[2], s[3]) > tile
+      images.append(
+        tiles ? try tiled(image, tile: tile, result: tileSize / scale.output, part) : try part(image))
+    }
+    return images.count == 1 ? images[0] : try Tensor.cat(images)
+  }
+
+  /// Applies `part` to overlapping tiles and joins the results.
+  ///
+  /// Reference: diffusers 0.42.1 AutoencoderKL.tiled_decode and _tiled_encode with tile_overlap_factor 0.25:
+  /// a tile is blended with the one above it, then with the one to its left, as these were after their own
+  /// blending.
+  private func tiled(
+    _ x: Tensor, tile: Int, result: Int, _ part: (Tensor) throws(TorchError) -> Tensor
+  ) throws(TorchError) -> Tensor {
+    let (step, blend) = (tile * 3 / 4, result / 4)
+    let (height, width) = (x.size(2), x.size(3))
+    var rows: [Tensor] = []
+    var above: [Tensor] = []
+    for top in stride(from: 0, to: height, by: step) {
+      var row: [Tensor] = []
+      var kept: [Tensor] = []
+      for (j, left) in stride(from: 0, to: width, by: step).enumerated() {
+        let piece = try x.narrow(2, top, min(tile, height - top)).narrow(3, left, min(tile, width - left))
+        var y = try part(piece.contiguous())
+        if !above.isEmpty { y = try blended(above[j], y, 2, blend) }
+        if let before = row.last { y = try blended(before, y, 3, blend) }
+        row.append(y)
+        kept.append(
+          try y.narrow(2, 0, min(result - blend, y.size(2))).narrow(3, 0, min(result - blend, y.size(3))))
+      }
+      rows.append(try Tensor.cat(kept, 3))
+      above = row
+    }
+    return try Tensor.cat(rows, 2)
+  }
+
+  /// `b` with its first `extent` entries of `dim` faded in from the last ones of `a`.
+  private func blended(_ a: Tensor, _ b: Tensor, _ dim: Int, _ extent: Int) throws(TorchError) -> Tensor {
+    let extent = min(a.size(dim), b.size(dim), extent)
+    guard extent > 0 else { return b }
+    let shape = (0..<4).map { $0 == dim ? extent : 1 }
+    func weights(_ value: (Double) -> Double) throws(TorchError) -> Tensor {
+      try Tensor((0..<extent).map { Float(value(Double($0) / Double(extent))) }, shape: shape).to(b.device)
+    }
+    let end = try a.narrow(dim, a.size(dim) - extent, extent) * weights { 1 - $0 }
+    let start = try end + b.narrow(dim, 0, extent) * weights { $0 }
+    return try Tensor.cat([start, b.narrow(dim, extent, b.size(dim) - extent)], dim)
   }
   /// Latents as the flow model has them → images in 0 … 1.
   public func images(_ latents: Tensor) throws(TorchError) -> Tensor {

@@ -13,6 +13,33 @@ public protocol FlowTransformer: AnyObject {
   var device: Device { get }
   /// Kernel of every attention.
   var attentionKernel: AttentionKernel { get set }
+  /// Blocks of a segment of which only the inputs are kept for the backward pass; nil keeps everything.
+  var checkpointing: Int? { get set }
+}
+
+extension FlowTransformer {
+  /// Blocks 0 ..< `count` as consecutive segments, the last of which may be shorter.
+  func segments(_ count: Int) -> [Range<Int>] {
+    let size = max(checkpointing ?? 1, 1)
+    return stride(from: 0, to: count, by: size).map { $0..<min($0 + size, count) }
+  }
+  /// Runs `body`, keeping only its inputs for the backward pass if that is asked for.
+  func kept(_ inputs: [Tensor], _ body: @escaping ([Tensor]) throws -> [Tensor]) throws -> [Tensor] {
+    checkpointing == nil ? try body(inputs) : try checkpointed(inputs, body)
+  }
+}
+
+/// Whether the linear layer at `path` may be kept in one byte a weight: attention and MLP of the blocks, 8.6
+/// of the 11.9 billion weights of FLUX.1, whose modulations are most of the rest.
+///
+/// Modulations (3.2 billion), embedders, `norm_out` and `proj_out` keep the model's dtype: an error in them
+/// moves every token of a block, or the velocity itself, alike.
+public func isQuantisable(_ path: String) -> Bool {
+  let parts = path.split(separator: ".")
+  guard let kind = parts.first, ["transformer_blocks", "single_transformer_blocks"].contains(kind) else {
+    return false
+  }
+  return !parts.contains { $0 == "norm" || $0.hasPrefix("norm1") }
 }
 
 /// The text encoders of a model folder: loaded when a prompt is to be encoded, released when none is left.
@@ -61,6 +88,12 @@ public struct PipelineOptions: Sendable {
   public var textLength: Int?
   /// Kernel of every attention of the transformer.
   public var attention = AttentionKernel.auto
+  /// How the frozen weights of the transformer's blocks are kept; nil for `dtype`.
+  public var weights: QuantisedWeight?
+  /// Blocks of a segment of which only the inputs are kept for the backward pass; nil keeps everything.
+  public var checkpointing: Int?
+  /// How the autoencoder goes through a batch.
+  public var passes = AutoencoderKL.Passes.auto
   /// Whether a FLUX transformer multiplies t and guidance by 1000 in its own dtype, as diffusers does.
   public var roundsTimeToDType = false
   /// The defaults: float32 on the CPU.
@@ -146,9 +179,11 @@ public enum ImagePipelines {
 }
 
 extension ModelFolder {
-  /// The autoencoder on `device`, in float32.
-  func autoencoder(_ device: Device) throws -> AutoencoderKL {
-    try AutoencoderKL(folder: part("vae"), device: device)
+  /// The autoencoder, in float32.
+  func autoencoder(_ options: PipelineOptions) throws -> AutoencoderKL {
+    let autoencoder = try AutoencoderKL(folder: part("vae"), device: options.device)
+    autoencoder.passes = options.passes
+    return autoencoder
   }
 
   /// The inference scheduler.

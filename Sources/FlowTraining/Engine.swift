@@ -33,6 +33,9 @@ public final class Engine {
     options.textLength = c.sampling.textLength
     options.attention = AttentionKernel(rawValue: c.network.attention.rawValue)!
     options.roundsTimeToDType = c.network.timeRounding == .model
+    options.weights = QuantisedWeight(rawValue: c.network.weights.rawValue)
+    options.checkpointing = c.network.checkpointing.segment
+    options.passes = AutoencoderKL.Passes(rawValue: c.network.vae.rawValue)!
     pipeline = try ImagePipelines.load(URL(filePath: c.model), options)
     grid = try pipeline.grid(height: c.sampling.height, width: c.sampling.width)
     encoder = try PromptEncoder(c.prompts.embeddings, pipeline.text, device: options.device)

@@ -88,7 +88,11 @@ public struct ModelReference: Sendable {
   }
 
   /// Uses the arithmetic of `other`, so that the numbers of both differ by their weights only.
-  mutating func computeLike(_ other: ModelReference) { configuration.network = other.configuration.network }
+  mutating func computeLike(_ other: ModelReference) {
+    configuration.network = other.configuration.network
+    // Trained weights are loaded as they are.
+    if weights != nil { configuration.network.weights = .model }
+  }
 
   /// The run's prompt file, or the built-in one.
   public func promptFile() throws -> String {

@@ -72,7 +72,8 @@ public final class Trainer {
       policy.parameters,
       AdamW.Options(
         learningRate: c.optim.lr, beta1: c.optim.betas[0], beta2: c.optim.betas[1], epsilon: c.optim.eps,
-        weightDecay: c.optim.weightDecay))
+        weightDecay: c.optim.weightDecay),
+      moments: AdamW.Moments(rawValue: c.optim.state.rawValue)!, offload: c.optim.offload)
     average = c.ema.decay > 0 ? try WeightAverage(policy.parameters, decay: c.ema.decay) : nil
     // A reward that cannot judge these prompts is found now, not after the first rollout.
     let probe = prompts.first { $0.include.isEmpty } ?? prompts[0]

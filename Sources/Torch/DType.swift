@@ -3,6 +3,7 @@ import CTorch
 /// Element types this package uses; raw values are libtorch's scalar types.
 public enum DType: Int32, Sendable, CaseIterable {
   case uint8 = 0
+  case int8 = 1
   case int32 = 3
   case int64 = 4
   case float16 = 5
@@ -11,11 +12,13 @@ public enum DType: Int32, Sendable, CaseIterable {
   case complex64 = 9
   case bool = 11
   case bfloat16 = 15
+  /// e4m3 with one NaN and no infinity: magnitudes up to 448.
+  case float8 = 24
 
   /// Bytes of one element.
   public var size: Int {
     switch self {
-    case .uint8, .bool: 1
+    case .uint8, .int8, .bool, .float8: 1
     case .float16, .bfloat16: 2
     case .int32, .float32: 4
     case .int64, .float64, .complex64: 8
@@ -25,7 +28,7 @@ public enum DType: Int32, Sendable, CaseIterable {
   /// Whether values are real floating-point numbers.
   public var isFloatingPoint: Bool {
     switch self {
-    case .float16, .bfloat16, .float32, .float64: true
+    case .float8, .float16, .bfloat16, .float32, .float64: true
     default: false
     }
   }
@@ -51,6 +54,10 @@ extension Int64: TorchScalar {
 extension Int32: TorchScalar {
   /// Stored as is.
   public static var dtype: DType { .int32 }
+}
+extension Int8: TorchScalar {
+  /// Stored as is.
+  public static var dtype: DType { .int8 }
 }
 extension UInt8: TorchScalar {
   /// Stored as is.

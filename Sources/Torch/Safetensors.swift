@@ -251,8 +251,9 @@ public enum AtomicFile {
 
 extension DType {
   private static let safetensorsNames: [(DType, String)] = [
-    (.uint8, "U8"), (.int32, "I32"), (.int64, "I64"), (.float16, "F16"), (.float32, "F32"), (.float64, "F64"),
-    (.complex64, "C64"), (.bool, "BOOL"), (.bfloat16, "BF16"),
+    (.uint8, "U8"), (.int8, "I8"), (.int32, "I32"), (.int64, "I64"), (.float16, "F16"), (.float32, "F32"),
+    (.float64, "F64"),
+    (.complex64, "C64"), (.bool, "BOOL"), (.bfloat16, "BF16"), (.float8, "F8_E4M3"),
   ]
   init?(safetensors name: String) {
     guard let found = Self.safetensorsNames.first(where: { $0.1 == name }) else { return nil }

@@ -66,3 +66,38 @@ extension Tensor {
     try produce("irfft2", [self]) { ctorch_irfft2($0, handle, Int64(height), Int64(width)) }
   }
 }
+
+extension Tensor {
+  /// Rows of a matrix as one-byte numbers and one scale each: `self ≈ scales · codes`.
+  ///
+  /// int8: codes are integers in −127 … 127, so that every error is at most half the row's scale. float8:
+  /// values relative to 448, so that every error is at most 1/16 of the value, or 2⁻¹⁰ of the scale where
+  /// that is larger.
+  ///
+  /// - Parameter dtype: `.int8` or `.float8`.
+  /// - Returns: codes like `self`, and scales [rows] in float32: the row's largest magnitude by the type's; 0
+  ///   for rows of zeros.
+  public func quantisedRows(_ dtype: DType) throws(TorchError) -> (codes: Tensor, scales: Tensor) {
+    var codes: ctorch_tensor?
+    var scales: ctorch_tensor?
+    try check("quantisedRows", [self], ctorch_quantise_rows(&codes, &scales, handle, dtype.rawValue))
+    return (Tensor(owning: codes!), Tensor(owning: scales!))
+  }
+  /// `scales · self` in `dtype`, rounded once: what ``quantisedRows(_:)`` stands for.
+  public func dequantisedRows(_ scales: Tensor, _ dtype: DType) throws(TorchError) -> Tensor {
+    try produce("dequantisedRows", [self, scales]) {
+      ctorch_dequantise_rows($0, handle, scales.handle, dtype.rawValue)
+    }
+  }
+  /// ``linear(_:_:)`` by `codes.dequantisedRows(scales, dtype)`, of which only the codes are kept for the
+  /// backward pass.
+  ///
+  /// Gradients flow to `self` alone; `bias` must not need one.
+  public func quantisedLinear(
+    _ codes: Tensor, _ scales: Tensor, _ bias: Tensor? = nil
+  ) throws(TorchError) -> Tensor {
+    try produce("quantisedLinear", [self, codes, scales, bias]) {
+      ctorch_quantised_linear($0, handle, codes.handle, scales.handle, bias?.handle)
+    }
+  }
+}

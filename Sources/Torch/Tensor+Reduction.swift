@@ -44,6 +44,8 @@ extension Tensor {
   /// Whether every element is finite.
   public func allFinite() throws(TorchError) -> Bool {
     if count == 0 { return true }
-    return try isFinite().to(.uint8).amin().item() == 1
+    // libtorch has no isfinite for float8.
+    let values = dtype == .float8 ? try to(.float32) : self
+    return try values.isFinite().to(.uint8).amin().item() == 1
   }
 }

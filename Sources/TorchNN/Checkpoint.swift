@@ -22,6 +22,7 @@ public final class Checkpoint {
   private let shapes: [String: [Int]]?
   private let dtype: DType?
   private let device: Device
+  private(set) var quantised: (String) -> QuantisedWeight? = { _ in nil }
   private var used: Set<String> = []
   private var missing: [String] = []
   private var misshapen: [String] = []
@@ -102,6 +103,12 @@ public final class Checkpoint {
     (dtype, device) = (nil, .cpu)
     files = []
     location = shapes.mapValues { _ in 0 }
+  }
+
+  /// Has the weights of the linear layers chosen by path kept in one byte a value as they are read, so that the model
+  /// is never whole in its own dtype.
+  public func quantise(_ kind: QuantisedWeight?, where chosen: @escaping (_ path: String) -> Bool) {
+    quantised = { chosen($0) ? kind : nil }
   }
 
   /// Whether an entry of this name exists.
@@ -201,6 +208,8 @@ public final class Parameter {
   public let key: String
   /// The stored values: a gradient leaf when trainable.
   public private(set) var tensor: Tensor
+  /// One float32 scale a row where ``tensor`` holds one-byte codes.
+  public private(set) var scales: Tensor?
   private var compute: DType?
 
   init(key: String, tensor: Tensor) {
@@ -210,21 +219,45 @@ public final class Parameter {
 
   /// The values in the dtype the network computes in.
   public func value() throws(TorchError) -> Tensor {
-    if let compute { try tensor.to(compute) } else { tensor }
+    if let scales { return try tensor.dequantisedRows(scales, compute!) }
+    return if let compute { try tensor.to(compute) } else { tensor }
   }
 
   /// Moves the values to `device` and `dtype` for good: what a frozen network computes with.
+  ///
+  /// Quantised weights keep their codes and give values in `dtype`.
   public func place(_ dtype: DType, _ device: Device) throws(TorchError) {
-    tensor = try tensor.to(dtype).to(device)
-    compute = nil
+    if let scales {
+      (tensor, self.scales, compute) = (try tensor.to(device), try scales.to(device), dtype)
+    } else {
+      tensor = try tensor.to(dtype).to(device)
+      compute = nil
+    }
   }
 
   /// Replaces the storage by an equal tensor, e.g. a view into a stacked weight.
-  func replace(by other: Tensor) { tensor = other }
+  func replace(by other: Tensor, scales: Tensor? = nil) {
+    tensor = other
+    if self.scales != nil { self.scales = scales }
+  }
+
+  /// Keeps one byte a value from now on; the network goes on computing in its dtype. Twice is once.
+  func quantise(_ kind: QuantisedWeight) throws(TorchError) {
+    guard scales == nil else { return }
+    guard !tensor.requiresGrad else {
+      throw TorchError("quantise", "\(key) is trained: only frozen weights can be quantised")
+    }
+    compute = tensor.dtype
+    (tensor, scales) = try tensor.quantisedRows(kind.dtype)
+  }
 
   /// Makes this a float32 gradient leaf; the network goes on computing in its dtype.
   public func makeTrainable() throws(TorchError) {
     guard !tensor.requiresGrad else { return }
+    guard scales == nil else {
+      throw TorchError(
+        "makeTrainable", "\(key) is quantised: only weights of the model's own dtype can be trained")
+    }
     let dtype = tensor.dtype
     // A copy of its own: the tensor may be a view of a mapped file or of a stack.
     tensor = try tensor.to(.float32).clone()

@@ -43,6 +43,7 @@ public final class Linear {
     self.path = path.prefix
     weight = try path.parameter("weight", outSize, inSize)
     self.bias = bias ? try path.parameter("bias", outSize) : nil
+    if let kind = path.checkpoint.quantised(path.prefix) { try weight.quantise(kind) }
     registry.add(self)
   }
 
@@ -53,42 +54,57 @@ public final class Linear {
 /// Linear layers with one input, evaluated as one matrix product.
 public final class LinearGroup {
   private let members: [Linear]
-  private var stacked: (weight: Tensor, bias: Tensor?)?
+  private typealias Weights = (weight: Tensor, scales: Tensor?, bias: Tensor?)
+  private var stacked: Weights?
 
   /// Joins `members`, which must all have a bias or all have none.
   public init(_ members: [Linear]) { self.members = members }
 
   /// [..., in] → [..., Σ out], the members' outputs side by side.
   public func callAsFunction(_ x: Tensor) throws(TorchError) -> Tensor {
-    let (weight, bias) = try weights()
-    let base = try x.linear(weight, bias)
+    let (weight, scales, bias) = try weights()
+    let base =
+      if let scales { try x.quantisedLinear(weight, scales, bias) } else { try x.linear(weight, bias) }
     let adapted = members.contains { $0.adapter != nil }
     return adapted ? try addAdapters(to: base, x) : base
   }
 
-  private func weights() throws(TorchError) -> (Tensor, Tensor?) {
+  /// Stored values of quantised layers, else the values computed with.
+  private func weights() throws(TorchError) -> Weights {
     if let stacked { return stacked }
-    if members.count == 1 { return (try members[0].weight.value(), try members[0].bias?.value()) }
+    let quantised = members[0].weight.scales != nil
+    guard members.allSatisfy({ ($0.weight.scales != nil) == quantised }) else {
+      throw TorchError(
+        "linear", "\(members.map(\.path).joined(separator: ", ")) are one product: quantise all or none")
+    }
+    func stored(_ weight: Parameter) throws(TorchError) -> Tensor {
+      quantised ? weight.tensor : try weight.value()
+    }
+    if members.count == 1 {
+      return (try stored(members[0].weight), members[0].weight.scales, try members[0].bias?.value())
+    }
     var parts: [Tensor] = []
     var biases: [Tensor] = []
     var frozen = true
     for member in members {
-      parts.append(try member.weight.value())
+      parts.append(try stored(member.weight))
       if let bias = try member.bias?.value() { biases.append(bias) }
       frozen = frozen && !member.weight.tensor.requiresGrad
     }
     let weight = try Tensor.cat(parts)
+    let scales = quantised ? try Tensor.cat(members.map { $0.weight.scales! }) : nil
     let bias = biases.isEmpty ? nil : try Tensor.cat(biases)
-    guard frozen else { return (weight, bias) }
-    stacked = (weight, bias)
+    guard frozen else { return (weight, scales, bias) }
+    stacked = (weight, scales, bias)
     // The members become views of the stack: frozen weights are held once.
     var start = 0
     for member in members {
-      member.weight.replace(by: try weight.narrow(0, start, member.outSize))
+      member.weight.replace(
+        by: try weight.narrow(0, start, member.outSize), scales: try scales?.narrow(0, start, member.outSize))
       if let bias { member.bias?.replace(by: try bias.narrow(0, start, member.outSize)) }
       start += member.outSize
     }
-    return (weight, bias)
+    return (weight, scales, bias)
   }
 
   /// Adds every adapter with two products: x·[A₁ A₂ …]ᵀ, then a block-diagonal B.
@@ -119,6 +135,16 @@ public final class LinearGroup {
 
   /// Forgets the stacked weights, after a member was made trainable or changed dtype.
   public func unstack() { stacked = nil }
+}
+
+/// How a frozen weight is kept in one byte a value, with one float32 scale a row.
+public enum QuantisedWeight: String, Sendable, CaseIterable {
+  /// Integers −127 … 127.
+  case int8
+  /// Floating point with 4 bits of exponent and 3 of fraction (e4m3).
+  case fp8
+
+  var dtype: DType { self == .int8 ? .int8 : .float8 }
 }
 
 /// The layers and parameters of a model by checkpoint key, collected while it is built.
@@ -158,6 +184,24 @@ public final class ModuleRegistry {
   public func place(_ dtype: DType, _ device: Device) throws(TorchError) {
     for parameter in parameters { try parameter.place(dtype, device) }
     for group in groups { group.unstack() }
+  }
+  /// Keeps the weights of the linear layers chosen by path in one byte a value; biases stay as they are.
+  ///
+  /// The layers go on computing in their dtype, by weights that are restored for each product: in training
+  /// too they hold one byte a value. Layers of one ``LinearGroup`` must be chosen together.
+  ///
+  /// - Returns: number of weights quantised.
+  /// - Throws: ``TorchError`` for a weight that is trained.
+  @discardableResult
+  public func quantise(_ kind: QuantisedWeight, where chosen: (String) -> Bool) throws(TorchError) -> Int {
+    // Stacks would keep the old weights alive while the new ones are made.
+    for group in groups { group.unstack() }
+    var count = 0
+    for (path, linear) in linears where chosen(path) {
+      try linear.weight.quantise(kind)
+      count += linear.weight.tensor.count
+    }
+    return count
   }
   /// Makes every parameter but the constants a float32 gradient leaf.
   public func makeTrainable() throws(TorchError) {

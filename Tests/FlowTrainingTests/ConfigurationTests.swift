@@ -37,10 +37,11 @@ struct ConfigurationTests {
     minChunk: 2, distance: l1}
     loss: {clip: [5.0e-5, 5.0e-5], advantageClip: 5, advantageStd: group, kl: 0, klForm: flowGRPO, anchor: rollout}
     optim: {lr: 1.0e-5, weightDecay: 1.0e-4, betas: [0.9, 0.999], eps: 1.0e-8, maxGradNorm: 0.01, \
-    updatesPerIteration: 2, microBatch: 48}
+    updatesPerIteration: 2, microBatch: 48, state: float32, offload: false}
     trainable: {kind: lora, rank: 16, alpha: 32, targets: [to_q, to_k, to_v, to_out.0]}   # or {kind: full}
     ema: {decay: 0}
-    network: {dtype: auto, timeRounding: float32, attention: auto, checkpointing: none}
+    network: {dtype: auto, timeRounding: float32, attention: auto, checkpointing: none, \
+    weights: model, vae: auto}
     run: {iterations: 50, checkpointEvery: 5, keep: 2, samplesEvery: 5, evaluateEvery: 10}
     """
 
@@ -59,10 +60,11 @@ struct ConfigurationTests {
     minChunk: 3, distance: cosine}
     loss: {clip: [1e-3, 2.5e-3], advantageClip: 3, advantageStd: global, kl: 0.04, klForm: k3, anchor: replay}
     optim: {lr: 0.1, weightDecay: 0, betas: [0, 0.95], eps: 1e-300, maxGradNorm: 1, updatesPerIteration: 1, \
-    microBatch: 7}
+    microBatch: 7, state: int8, offload: true}
     trainable: {kind: full, rank: 4, alpha: 0.5, targets: "größe 🙂"}
     ema: {decay: 0.999}
-    network: {dtype: bfloat16, timeRounding: model, attention: math, checkpointing: "every:4"}
+    network: {dtype: bfloat16, timeRounding: model, attention: math, checkpointing: "every:4", weights: fp8, \
+    vae: tiled}
     run: {iterations: 3, checkpointEvery: 1, keep: 9, samplesEvery: 0, evaluateEvery: 0}
     """
 
@@ -345,11 +347,12 @@ struct ConfigurationTests {
       base: Configuration(),
       overrides: [
         "run.iterations=80", "run={keep: 3}", "network.attention=math", "network.checkpointing=block",
-        "optim.microBatch=4",
+        "optim.microBatch=4", "optim.offload=true",
       ])
     var expected = Configuration()
     (expected.run.iterations, expected.run.keep, expected.optim.microBatch) = (80, 3, 4)
     (expected.network.attention, expected.network.checkpointing) = (.math, .block)
+    expected.optim.offload = true
     #expect(c == expected)
   }
 
@@ -365,7 +368,7 @@ struct ConfigurationTests {
     #expect(
       got
         == "--set \(override): \(path) is fixed by the run being resumed; only run.*, network.checkpointing, "
-        + "network.attention, optim.microBatch may be set; start a new run to change it")
+        + "network.attention, optim.microBatch, optim.offload may be set; start a new run to change it")
   }
 
   @Test("paths: the current directory first, then the file's folder, otherwise as written")
@@ -563,6 +566,11 @@ struct ConfigurationValidationTests {
         ["network.checkpointing=every:0"],
         "network.checkpointing: expected at least 1, got 0: every:n counts blocks"
       ),
+      (
+        ["network.weights=int8", "trainable.kind=full"],
+        "network.weights: int8 keeps weights that are not trained, trainable.kind full trains all; "
+          + "use model, or trainable.kind lora"
+      ),
       (["run.iterations=0"], "run.iterations: expected at least 1, got 0"),
       (["run.checkpointEvery=0"], "run.checkpointEvery: expected at least 1, got 0"),
       (["run.keep=0"], "run.keep: expected at least 1, got 0: a run resumes from its newest checkpoint"),
@@ -613,14 +621,6 @@ struct ConfigurationValidationTests {
     arguments: [
       ("loss.kl=0.04", "loss.kl: 0.04 is not implemented in this version; use 0"),
       ("loss.anchor=replay", "loss.anchor: replay is not implemented in this version; use rollout"),
-      (
-        "network.checkpointing=block",
-        "network.checkpointing: block is not implemented in this version; use none"
-      ),
-      (
-        "network.checkpointing=every:2",
-        "network.checkpointing: every:2 is not implemented in this version; use none"
-      ),
       (
         "chunk.draw=weighted",
         "chunk.draw: weighted is not implemented in this version; use uniform or only:a,b,…"

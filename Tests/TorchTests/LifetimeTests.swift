@@ -80,6 +80,77 @@ import Torch
       }
     }
 
+    @Test("checkpointed bodies: graphs used and unused, errors in either run")
+    func checkpointing() async {
+      await #expect(processExitsWith: .success) {
+        struct Broken: Error {}
+        try expectBalanced {
+          let w = try Grid(noise: 3, 3, seed: 1).leaf(.float32)
+          let x = try Grid(noise: 2, 3, seed: 2).tensor(.float32)
+          for useGraph in [true, false] {
+            let y = try checkpointed([x]) { [try $0[0].linear(w).silu(), w] }
+            if useGraph { try y[0].sum().backward() }
+          }
+          #expect(throws: Broken.self) {
+            _ = try checkpointed([x, w]) { t in
+              _ = try t[0].linear(t[1])
+              throw Broken()
+            }
+          }
+          _ = try? checkpointed([x]) { t in [Tensor](repeating: t[0], count: 17) }
+          final class Runs: @unchecked Sendable { var count = 0 }
+          let runs = Runs()
+          let late = try checkpointed([x]) { t in
+            runs.count += 1
+            let y = try t[0].linear(w)
+            if runs.count > 1 { throw Broken() }
+            return [y]
+          }
+          #expect(throws: TorchError.self) { try late[0].sum().backward() }
+          _ = try withoutGrad { try checkpointed([x]) { [try $0[0].linear(w)] } }
+          let q = try w.detach().quantisedRows(.int8)
+          let leaf = try x.clone()
+          try leaf.setRequiresGrad(true)
+          try leaf.quantisedLinear(q.codes, q.scales).sum().backward()
+        }
+      }
+    }
+
+    #if os(Linux)
+      // 64 MB a layer against its input of 64 KB. Half a layer is left for what else the process does
+      // meanwhile.
+      @Test("peak memory: what was held at a time since the reset; checkpointed layers are not held")
+      func peakMemory() async {
+        await #expect(processExitsWith: .success) {
+          let layer = 64 << 20
+          let wide = try Tensor.full([1024, 16], 0.01)
+          let x = try Grid(noise: 16, 1024, seed: 1).tensor(.float32)
+          /// Peak above the start of four layers of 64 MB each.
+          func peak(_ keep: Bool) throws -> Int {
+            try x.setRequiresGrad(true)
+            try TorchRuntime.resetPeakMemory()
+            let start = try TorchRuntime.residentMemory()
+            var y = x
+            for _ in 0..<4 {
+              let body: ([Tensor]) throws -> [Tensor] = { t in
+                [try (t[0].unsqueeze(2).expand(16, 1024, 1024).exp()).mean([2])]
+              }
+              y = keep ? try body([y])[0] : try checkpointed([y], body)[0]
+            }
+            try y.sum().backward()
+            return try TorchRuntime.peakMemory() - start
+          }
+          _ = try wide.square().sum().item()
+          let (recomputed, kept) = (try peak(false), try peak(true))
+          #expect(kept > 4 * layer - layer / 2, "\(kept)")
+          #expect(recomputed < 3 * layer + layer / 2, "\(recomputed)")
+          try TorchRuntime.resetPeakMemory()
+          #expect(try TorchRuntime.peakMemory() - TorchRuntime.residentMemory() < layer / 2)
+          #expect(throws: TorchError.self) { _ = try TorchRuntime.peakMemory(.cuda(7)) }
+        }
+      }
+    #endif
+
     @Test("the number of threads is what was set")
     func threads() async {
       await #expect(processExitsWith: .success) {

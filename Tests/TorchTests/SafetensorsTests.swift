@@ -184,7 +184,7 @@ struct SafetensorsTests {
     Corrupt(header: #"{"w":{}}"#, expected: "entry w: needs"),
     Corrupt(header: #"{"w":null}"#, expected: "entry w: needs"),
     Corrupt(header: entry("4"), expected: "entry w: needs"),
-    Corrupt(header: entry(#""F8_E4M3""#), expected: "entry w: dtype F8_E4M3 is not supported"),
+    Corrupt(header: entry(#""F8_E5M2""#), expected: "entry w: dtype F8_E5M2 is not supported"),
     Corrupt(header: entry(#""f32""#), expected: "entry w: dtype f32 is not supported"),
     Corrupt(header: entry(#""F32""#, "2"), expected: "entry w: needs"),
     Corrupt(header: entry(#""F32""#, "[-2]"), expected: "entry w: needs"),

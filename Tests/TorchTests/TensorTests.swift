@@ -42,7 +42,7 @@ struct TensorTests {
     let tensor = try Tensor.zeros([3], dtype: dtype)
     #expect(try tensor.bytes().count == 3 * dtype.size)
     #expect(tensor.dtype == dtype)
-    #expect(dtype.isFloatingPoint == [.float16, .bfloat16, .float32, .float64].contains(dtype))
+    #expect(dtype.isFloatingPoint == [.float8, .float16, .bfloat16, .float32, .float64].contains(dtype))
   }
 
   @Test("bfloat16 keeps the upper 16 bits, nearest, ties to even; exact")

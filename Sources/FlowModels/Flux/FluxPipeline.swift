@@ -28,10 +28,12 @@ public final class FluxPipeline: ImagePipeline {
     self.folder = folder
     encoders = try FluxTextEncoders(folder, device: options.device, textLength: options.textLength)
     scheduler = try folder.scheduler()
-    autoencoder = try folder.autoencoder(options.device)
+    autoencoder = try folder.autoencoder(options)
     transformer = try FluxTransformer(
-      folder: folder.part("transformer"), dtype: options.dtype, device: options.device)
+      folder: folder.part("transformer"), dtype: options.dtype, device: options.device,
+      weights: options.weights)
     transformer.attentionKernel = options.attention
+    transformer.checkpointing = options.checkpointing
     transformer.roundsTimeToDType = options.roundsTimeToDType
     let c = transformer.config
     try agree(

@@ -63,6 +63,10 @@ public final class FluxTransformer: FlowTransformer {
   /// Whether t and guidance are multiplied by 1000 in the network's dtype, as diffusers does (bfloat16 rounds
   /// 973 to 972), instead of in float32.
   public var roundsTimeToDType = false
+  /// Blocks of a segment of which only the inputs are kept for the backward pass, which computes the rest
+  /// again; nil keeps everything. Segments are counted among the double and among the single blocks, the last
+  /// may be shorter.
+  public var checkpointing: Int?
   /// What the network computes in.
   public private(set) var dtype = DType.float32
   /// Where the parameters are.
@@ -82,10 +86,13 @@ public final class FluxTransformer: FlowTransformer {
   }
 
   /// Builds the network and takes every parameter of `folder`, straight to `dtype` and `device`.
-  public convenience init(folder: URL, dtype: DType = .float32, device: Device = .cpu) throws {
+  public convenience init(
+    folder: URL, dtype: DType = .float32, device: Device = .cpu, weights: QuantisedWeight? = nil
+  ) throws {
     let config = try ModelFolder.decode(FluxTransformerConfig.self, folder.appending(path: "config.json"))
-    try self.init(
-      config: config, checkpoint: try Checkpoint(folder: folder, dtype: dtype, device: device))
+    let checkpoint = try Checkpoint(folder: folder, dtype: dtype, device: device)
+    checkpoint.quantise(weights, where: isQuantisable)
+    try self.init(config: config, checkpoint: checkpoint)
     try place(dtype, device)
   }
 
@@ -167,12 +174,29 @@ public final class FluxTransformer: FlowTransformer {
     var y = try contextEmbedder(try text.to(dtype))
     let textTokens = y.size(1)
     let rotation = try rotation(RotationKey(textTokens: textTokens, rows: grid.rows, columns: grid.columns))
-    for (i, block) in doubleBlocks.enumerated() {
-      (x, y) = try block(x, y, modulation[2 * i], modulation[2 * i + 1], rotation, attentionKernel)
+    // Modulations come in as inputs: they have a graph of their own where they are trained.
+    for segment in segments(doubleBlocks.count) {
+      let parts = [x, y] + modulation[(2 * segment.lowerBound)..<(2 * segment.upperBound)]
+      let streams = try kept(parts) { [doubleBlocks, attentionKernel] t in
+        var (x, y) = (t[0], t[1])
+        for (k, i) in segment.enumerated() {
+          (x, y) = try doubleBlocks[i](x, y, t[2 + 2 * k], t[3 + 2 * k], rotation, attentionKernel)
+        }
+        return [x, y]
+      }
+      (x, y) = (streams[0], streams[1])
     }
     var joint = try Tensor.cat([y, x], 1)
-    for (i, block) in singleBlocks.enumerated() {
-      joint = try block(joint, modulation[2 * doubleBlocks.count + i], rotation, attentionKernel)
+    let first = 2 * doubleBlocks.count
+    for segment in segments(singleBlocks.count) {
+      let parts = [joint] + modulation[(first + segment.lowerBound)..<(first + segment.upperBound)]
+      joint = try kept(parts) { [singleBlocks, attentionKernel] t in
+        var joint = t[0]
+        for (k, i) in segment.enumerated() {
+          joint = try singleBlocks[i](joint, t[1 + k], rotation, attentionKernel)
+        }
+        return [joint]
+      }[0]
     }
     x = try joint.narrow(1, textTokens, grid.rows * grid.columns)
     let out = try modulation[modulation.count - 1].chunk(2, -1)  // scale first here, unlike in the blocks

@@ -29,10 +29,12 @@ public final class SD3Pipeline: ImagePipeline {
   public init(_ folder: ModelFolder, _ options: PipelineOptions = .init()) throws {
     self.folder = folder
     scheduler = try folder.scheduler()
-    autoencoder = try folder.autoencoder(options.device)
+    autoencoder = try folder.autoencoder(options)
     transformer = try SD3Transformer(
-      folder: folder.part("transformer"), dtype: options.dtype, device: options.device)
+      folder: folder.part("transformer"), dtype: options.dtype, device: options.device,
+      weights: options.weights)
     transformer.attentionKernel = options.attention
+    transformer.checkpointing = options.checkpointing
     let c = transformer.config
     encoders = try SD3TextEncoders(
       folder, device: options.device, textLength: options.textLength, width: c.jointAttentionDim)

@@ -42,6 +42,8 @@ public final class SD3Transformer: FlowTransformer {
   public let modules = ModuleRegistry()
   /// Kernel of every attention.
   public var attentionKernel = AttentionKernel.auto
+  /// Blocks of a segment of which only the inputs are kept for the backward pass; nil keeps everything.
+  public var checkpointing: Int?
   /// What the network computes in.
   public private(set) var dtype = DType.float32
   /// Where the parameters are.
@@ -57,10 +59,13 @@ public final class SD3Transformer: FlowTransformer {
   private let modulationSizes: [Int]
 
   /// Builds the network and takes every parameter of `folder`, straight to `dtype` and `device`.
-  public convenience init(folder: URL, dtype: DType = .float32, device: Device = .cpu) throws {
+  public convenience init(
+    folder: URL, dtype: DType = .float32, device: Device = .cpu, weights: QuantisedWeight? = nil
+  ) throws {
     let config = try ModelFolder.decode(SD3TransformerConfig.self, folder.appending(path: "config.json"))
-    try self.init(
-      config: config, checkpoint: try Checkpoint(folder: folder, dtype: dtype, device: device))
+    let checkpoint = try Checkpoint(folder: folder, dtype: dtype, device: device)
+    checkpoint.quantise(weights, where: isQuantisable)
+    try self.init(config: config, checkpoint: checkpoint)
     try place(dtype, device)
   }
 
@@ -133,8 +138,19 @@ public final class SD3Transformer: FlowTransformer {
     let tokens = try patches(try latents.to(dtype)).reshape(s[0], config.width, rows * columns)
     var x = try tokens.transpose(1, 2) + croppedPositions(rows, columns)
     var y = try contextEmbedder(try text.to(dtype))
-    for (i, block) in blocks.enumerated() {
-      (x, y) = try block(x, y, modulation[2 * i], modulation[2 * i + 1], attentionKernel)
+    // Modulations come in as inputs: they have a graph of their own where they are trained.
+    for segment in segments(blocks.count) {
+      let parts = [x, y] + modulation[(2 * segment.lowerBound)..<(2 * segment.upperBound)]
+      let streams = try kept(parts) { [blocks, attentionKernel] t in
+        var (x, y) = (t[0], t[1])
+        for (k, i) in segment.enumerated() {
+          (x, y) = try blocks[i](x, y, t[2 + 2 * k], t[3 + 2 * k], attentionKernel)
+        }
+        // The last block hands the text stream on untouched: an output must not be an input.
+        return segment.upperBound == blocks.count ? [x] : [x, y]
+      }
+      x = streams[0]
+      if streams.count == 2 { y = streams[1] }
     }
     let out = try modulation[modulation.count - 1].chunk(2, -1)  // scale first here, unlike in the blocks
     let v = try projOut(try modulated(x, shift: out[1], scale: out[0]))

@@ -53,7 +53,9 @@ extension Configuration {
     }
   }
 
-  private static let resumableKeys = ["network.checkpointing", "network.attention", "optim.microBatch"]
+  private static let resumableKeys = [
+    "network.checkpointing", "network.attention", "optim.microBatch", "optim.offload",
+  ]
   static var resumable: String { "run.*, " + resumableKeys.joined(separator: ", ") }
 }
 

@@ -4,10 +4,6 @@ extension Configuration {
     [
       ("loss.kl", "0", { $0.loss.kl == 0 ? nil : $0.loss.kl.yamlText }),
       ("loss.anchor", "rollout", { $0.loss.anchor == .rollout ? nil : $0.loss.anchor.rawValue }),
-      (
-        "network.checkpointing", "none",
-        { $0.network.checkpointing == .none ? nil : $0.network.checkpointing.rawValue }
-      ),
       ("chunk.draw", "uniform or only:a,b,…", { $0.chunk.draw.hasPrefix("weighted") ? $0.chunk.draw : nil }),
       (
         "chunk.plan", "step, sequence, fixed:n or list:a,b,…",

@@ -109,6 +109,10 @@ extension Configuration {
     if case .every(let n) = network.checkpointing {
       try atLeast(1, n, "network.checkpointing", "every:n counts blocks")
     }
+    try require(
+      network.weights == .model || trainable.kind == .lora, "network.weights",
+      "\(network.weights.rawValue) keeps weights that are not trained, trainable.kind full trains all; "
+        + "use model, or trainable.kind lora")
   }
 
   private func validateRun() throws(ConfigurationError) {

@@ -293,8 +293,20 @@ extension Configuration {
     public var updatesPerIteration = 2
     /// Steps that are back-propagated at once; changes memory and speed only.
     public var microBatch = 48
+    /// How the moments are kept.
+    public var state = State.float32
+    /// Whether the moments live in host memory; changes memory and speed only.
+    public var offload = false
     /// Every default.
     public init() {}
+
+    /// How the moments are kept.
+    public enum State: String, Choice, CaseIterable {
+      /// 8 bytes a trained parameter.
+      case float32
+      /// 2 bytes a trained parameter: codes of 8 bits in blocks with a scale.
+      case int8
+    }
   }
 
   /// Which weights are trained.
@@ -337,6 +349,10 @@ extension Configuration {
     public var attention = Attention.auto
     /// Activations recomputed in the backward pass.
     public var checkpointing = Checkpointing.none
+    /// How the frozen weights of the transformer's blocks are kept.
+    public var weights = Weights.model
+    /// How images go through the autoencoder.
+    public var vae = VAE.auto
     /// Every default.
     public init() {}
 
@@ -371,8 +387,28 @@ extension Configuration {
       case none
       /// Those of every block.
       case block
-      /// Those of every n-th block; written `every:n`.
+      /// Those of segments of n consecutive blocks, of which only the inputs are kept; written `every:n`.
       case every(Int)
+    }
+    /// How the frozen weights of the transformer's blocks are kept.
+    public enum Weights: String, Choice, CaseIterable {
+      /// In the network's dtype.
+      case model
+      /// 8-bit integers with a scale for each row.
+      case int8
+      /// 8-bit floating point (e4m3) with a scale for each row.
+      case fp8
+    }
+    /// How images go through the autoencoder.
+    public enum VAE: String, Choice, CaseIterable {
+      /// By size: all at once, image by image or tile by tile.
+      case auto
+      /// All of a batch at once.
+      case plain
+      /// Image by image.
+      case sliced
+      /// Tile by tile.
+      case tiled
     }
   }
 
@@ -417,6 +453,15 @@ extension Configuration.Sampling.Window: Configuration.Choice {
 }
 
 extension Configuration.Network.Checkpointing: Configuration.Choice {
+  /// Blocks of a segment; nil where nothing is recomputed.
+  var segment: Int? {
+    switch self {
+    case .none: nil
+    case .block: 1
+    case .every(let n): n
+    }
+  }
+
   static var expected: String { "none, block or every:n" }
 
   /// Reads `none`, `block` or `every:n`; nil for anything else.

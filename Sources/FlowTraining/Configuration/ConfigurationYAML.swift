@@ -138,7 +138,7 @@ extension Configuration.Optim: Configuration.Section {
     [
       .init("lr", \.lr), .init("weightDecay", \.weightDecay), .init("betas", \.betas), .init("eps", \.eps),
       .init("maxGradNorm", \.maxGradNorm), .init("updatesPerIteration", \.updatesPerIteration),
-      .init("microBatch", \.microBatch),
+      .init("microBatch", \.microBatch), .init("state", \.state), .init("offload", \.offload),
     ]
   }
 }
@@ -157,7 +157,7 @@ extension Configuration.Network: Configuration.Section {
   static var fields: [Configuration.Field<Self>] {
     [
       .init("dtype", \.dtype), .init("timeRounding", \.timeRounding), .init("attention", \.attention),
-      .init("checkpointing", \.checkpointing),
+      .init("checkpointing", \.checkpointing), .init("weights", \.weights), .init("vae", \.vae),
     ]
   }
 }
@@ -227,6 +227,15 @@ extension String: Configuration.Scalar {
   init?(scalar: Node.Scalar) { self = scalar.string }
   // Quoted where the plain text would read as null, a number or a date, for the sake of other readers too.
   var node: Node { (try? represented()) ?? Node(self, .implicit, .doubleQuoted) }
+}
+
+extension Bool: Configuration.Scalar {
+  static var expected: String { "true or false" }
+  init?(scalar: Node.Scalar) {
+    guard scalar.isPlain, let value = Bool(scalar.string) else { return nil }
+    self = value
+  }
+  var node: Node { Node(description, .implicit, .plain) }
 }
 
 extension Int: Configuration.Scalar {

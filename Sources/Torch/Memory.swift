@@ -1,0 +1,53 @@
+import CTorch
+import Foundation
+
+extension TorchRuntime {
+  /// Forgets the peak of memory use, so that ``peakMemory(_:)`` counts from here.
+  ///
+  /// - Throws: ``TorchError`` where there is no such device, or where the system does not let a process reset
+  ///   its peak.
+  public static func resetPeakMemory(_ device: Device = .cpu) throws(TorchError) {
+    guard device == .cpu else {
+      return try check("resetPeakMemory", [], ctorch_reset_peak_memory(device.code, device.index))
+    }
+    #if os(Linux)
+      // "5" resets the peak resident set size (Linux, Documentation/filesystems/proc.rst).
+      let descriptor = open("/proc/self/clear_refs", O_WRONLY | O_CLOEXEC)
+      let written = descriptor < 0 ? -1 : write(descriptor, "5", 1)
+      let reason = String(cString: strerror(errno))
+      if descriptor >= 0 { close(descriptor) }
+      guard written == 1 else { throw TorchError("resetPeakMemory", "/proc/self/clear_refs: \(reason)") }
+    #else
+      throw TorchError("resetPeakMemory", "not supported on this system")
+    #endif
+  }
+
+  /// Most bytes in use at a time since ``resetPeakMemory(_:)``, or since the start.
+  ///
+  /// CUDA: what libtorch's allocator handed out on the device. CPU: resident memory of the whole process, its
+  /// code and mapped files included.
+  public static func peakMemory(_ device: Device = .cpu) throws(TorchError) -> Int {
+    guard device == .cpu else {
+      var bytes: Int64 = 0
+      try check("peakMemory", [], ctorch_peak_memory(&bytes, device.code, device.index))
+      return Int(bytes)
+    }
+    return try processStatus("VmHWM")
+  }
+
+  /// Bytes in use now: resident memory of the process.
+  public static func residentMemory() throws(TorchError) -> Int { try processStatus("VmRSS") }
+
+  /// A size of /proc/self/status, in bytes.
+  private static func processStatus(_ key: String) throws(TorchError) -> Int {
+    // Read to the end: sizes of files in /proc are not known beforehand.
+    let handle = FileHandle(forReadingAtPath: "/proc/self/status")
+    let text = (try? handle?.readToEnd()).map { String(decoding: $0, as: UTF8.self) } ?? ""
+    let line = text.split(separator: "\n").first { $0.hasPrefix(key + ":") }
+    guard let kilobytes = line?.split(whereSeparator: \.isWhitespace).dropFirst().first.flatMap({ Int($0) })
+    else {
+      throw TorchError("peakMemory", "/proc/self/status has no \(key): not supported on this system")
+    }
+    return kilobytes * 1024
+  }
+}
