@@ -2,9 +2,10 @@ import Foundation
 import Torch
 import TorchNN
 
-/// CLIP's text transformer.
+/// CLIP's text transformer, with a projection where the checkpoint holds one.
 ///
-/// Reference: transformers 5.23.0 CLIPTextModel; keys with and without the prefix `text_model.` are accepted.
+/// Reference: transformers 5.23.0 CLIPTextModel and CLIPTextModelWithProjection; keys with and without the
+/// prefix `text_model.` are accepted.
 public final class CLIPTextEncoder {
   /// Sizes from `config.json`.
   public struct Config: Decodable, Sendable {
@@ -13,6 +14,9 @@ public final class CLIPTextEncoder {
     let hiddenAct: String?
     let layerNormEps: Double?
     let eosTokenId: Int?
+    /// Stated by models without a projection too: the key `text_projection.weight` decides.
+    let projectionDim: Int?
+    let architectures: [String]?
   }
 
   /// The sizes this was built with.
@@ -24,6 +28,7 @@ public final class CLIPTextEncoder {
   private let tokens, positions: Embedding
   private let layers: [Layer]
   private let finalNorm: LayerNorm
+  private let projection: Linear?
 
   /// Builds the encoder and takes every parameter of `folder`.
   public init(folder: URL) throws {
@@ -44,6 +49,12 @@ public final class CLIPTextEncoder {
       try Layer(c, eps: eps, quick: activation == "quick_gelu", p / "encoder" / "layers" / $0, r)
     }
     finalNorm = try LayerNorm(c.hiddenSize, eps: eps, p / "final_layer_norm", r)
+    let projects =
+      checkpoint.contains("text_projection.weight")
+      || c.architectures?.contains("CLIPTextModelWithProjection") ?? false
+    let size = c.projectionDim ?? 512
+    projection =
+      projects ? try Linear(c.hiddenSize, size, bias: false, checkpoint.root / "text_projection", r) : nil
     // Older exporters wrote the constant 0, 1, 2, … as a tensor.
     try checkpoint.finish { $0.hasSuffix("embeddings.position_ids") }
   }
@@ -56,6 +67,8 @@ public final class CLIPTextEncoder {
     public let pooled: Tensor
     /// Hidden state before the last layer [B, N, hidden].
     public let penultimate: Tensor
+    /// The pooled embedding, projected [B, projection_dim]: SD3's; nil for a model without projection.
+    public let projected: Tensor?
   }
 
   /// ids [B, N] int64 → hidden states.
@@ -78,7 +91,8 @@ public final class CLIPTextEncoder {
     // The published configs say eos 2 and mean "the largest id"; the others name the token.
     let scores = config.eosTokenId ?? 2 == 2 ? ids : try ids.equal(Double(config.eosTokenId!)).to(.int64)
     let end = try scores.argmax(-1).reshape(-1, 1, 1).expand(-1, 1, config.hiddenSize)
-    return Output(last: last, pooled: try last.gather(1, end).squeeze(1), penultimate: penultimate)
+    let pooled = try last.gather(1, end).squeeze(1)
+    return Output(last: last, pooled: pooled, penultimate: penultimate, projected: try projection?(pooled))
   }
 
   private struct Layer {
