@@ -33,9 +33,14 @@ public final class AutoencoderKL {
   private let quant, postQuant: Conv2d?
 
   /// Builds the autoencoder and takes every parameter of `folder`.
-  public init(folder: URL) throws {
-    config = try ModelFolder.decode(Config.self, folder.appending(path: "config.json"))
-    let checkpoint = try Checkpoint(folder: folder)
+  public convenience init(folder: URL) throws {
+    let config = try ModelFolder.decode(Config.self, folder.appending(path: "config.json"))
+    try self.init(config: config, checkpoint: try Checkpoint(folder: folder))
+  }
+
+  /// Builds the autoencoder and takes every parameter of `checkpoint`; any key that does not fit is an error.
+  public init(config: Config, checkpoint: Checkpoint) throws {
+    self.config = config
     let (p, c, r) = (checkpoint.root, config, modules)
     encoder = try Encoder(c, p / "encoder", r)
     decoder = try Decoder(c, p / "decoder", r)

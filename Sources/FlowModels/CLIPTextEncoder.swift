@@ -31,13 +31,19 @@ public final class CLIPTextEncoder {
   private let projection: Linear?
 
   /// Builds the encoder and takes every parameter of `folder`.
-  public init(folder: URL) throws {
-    config = try ModelFolder.decode(Config.self, folder.appending(path: "config.json"))
+  public convenience init(folder: URL) throws {
+    let config = try ModelFolder.decode(Config.self, folder.appending(path: "config.json"))
+    try self.init(config: config, checkpoint: try Checkpoint(folder: folder, names: ["model"]))
+  }
+
+  /// Builds the encoder and takes every parameter of `checkpoint`; any key that does not fit is an error.
+  public init(config: Config, checkpoint: Checkpoint) throws {
+    self.config = config
     let activation = config.hiddenAct ?? "quick_gelu"
     guard ["quick_gelu", "gelu"].contains(activation) else {
-      throw ModelError("\(folder.path)/config.json: hidden_act \(activation) is not one of quick_gelu, gelu")
+      throw ModelError(
+        "\(checkpoint.folder.path)/config.json: hidden_act \(activation) is not one of quick_gelu, gelu")
     }
-    let checkpoint = try Checkpoint(folder: folder, names: ["model"])
     let prefixed = checkpoint.keys.contains { $0.hasPrefix("text_model.") }
     let p = prefixed ? checkpoint.root / "text_model" : checkpoint.root
     let (c, r) = (config, modules)

@@ -24,13 +24,19 @@ public final class T5Encoder {
   private let finalNorm: RMSNorm
 
   /// Builds the encoder and takes every parameter of `folder`.
-  public init(folder: URL) throws {
-    config = try ModelFolder.decode(Config.self, folder.appending(path: "config.json"))
+  public convenience init(folder: URL) throws {
+    let config = try ModelFolder.decode(Config.self, folder.appending(path: "config.json"))
+    try self.init(config: config, checkpoint: try Checkpoint(folder: folder, names: ["model"]))
+  }
+
+  /// Builds the encoder and takes every parameter of `checkpoint`; any key that does not fit is an error.
+  public init(config: Config, checkpoint: Checkpoint) throws {
+    self.config = config
     let activation = config.feedForwardProj ?? "gated-gelu"
     guard activation == "gated-gelu" else {
-      throw ModelError("\(folder.path)/config.json: feed_forward_proj \(activation) is not gated-gelu")
+      throw ModelError(
+        "\(checkpoint.folder.path)/config.json: feed_forward_proj \(activation) is not gated-gelu")
     }
-    let checkpoint = try Checkpoint(folder: folder, names: ["model"])
     let (p, c, r) = (checkpoint.root, config, modules)
     let eps = c.layerNormEpsilon ?? 1e-6
     shared = try Embedding(c.vocabSize, c.dModel, p / "shared", r)

@@ -68,7 +68,9 @@ extension Tensor {
     try produce("squeeze", [self]) { ctorch_squeeze($0, handle, Int64(dim)) }
   }
   /// Size-1 dimensions repeated to `shape` without a copy; −1 keeps a size.
-  public func expand(_ shape: Int...) throws(TorchError) -> Tensor {
+  public func expand(_ shape: Int...) throws(TorchError) -> Tensor { try expand(shape) }
+  /// Size-1 dimensions repeated to `shape` without a copy; −1 keeps a size.
+  public func expand(_ shape: [Int]) throws(TorchError) -> Tensor {
     try produce("expand", [self]) { out in withInts(shape) { ctorch_expand(out, handle, $0, $1) } }
   }
   /// Each entry of `dim` repeated in place: a, a, b, b, …

@@ -14,10 +14,12 @@ public struct CheckpointError: Error, CustomStringConvertible, Sendable, Equatab
 /// The tensors of one model part, in one safetensors file or in shards with an index, with a record of what
 /// was asked for: nothing missing, misshapen, unknown or not finite goes unnoticed.
 public final class Checkpoint {
-  /// Folder of the weights.
+  /// Folder of the weights; of a blueprint, where its list came from.
   public let folder: URL
   private let files: [SafetensorsFile]
   private let location: [String: Int]
+  /// A blueprint's shapes by key; nil where there are files.
+  private let shapes: [String: [Int]]?
   private var used: Set<String> = []
   private var missing: [String] = []
   private var misshapen: [String] = []
@@ -69,6 +71,18 @@ public final class Checkpoint {
     }
     self.files = files
     self.location = location
+    shapes = nil
+  }
+
+  /// A blueprint: keys and shapes without values. Models built from it hold zeros that take no memory, and
+  /// ``finish(ignoring:)`` reports what does not fit as it does for files.
+  ///
+  /// - Parameter source: what the list came from, for errors.
+  public init(shapes: [String: [Int]], source: URL) {
+    folder = source
+    self.shapes = shapes
+    files = []
+    location = shapes.mapValues { _ in 0 }
   }
 
   /// Whether an entry of this name exists.
@@ -80,17 +94,23 @@ public final class Checkpoint {
 
   /// The tensor under `key`, as stored. A miss is remembered for ``finish()`` and stands in as zeros.
   func take(_ key: String, shape: [Int]) throws -> Tensor {
-    guard let at = location[key], let tensor = try files[at].tensor(key) else {
+    guard let at = location[key], let stored = shapes?[key] ?? files[at].shape(key) else {
       missing.append(key)
-      return try Tensor.zeros(shape)
+      return try Self.placeholder(shape)
     }
     used.insert(key)
-    guard tensor.shape == shape else {
-      misshapen.append("\(key): expected \(shape), got \(tensor.shape)")
-      return try Tensor.zeros(shape)
+    guard stored == shape else {
+      misshapen.append("\(key): expected \(shape), got \(stored)")
+      return try Self.placeholder(shape)
     }
+    guard shapes == nil, let tensor = try files[at].tensor(key) else { return try Self.placeholder(shape) }
     if tensor.dtype.isFloatingPoint, try !tensor.allFinite() { notFinite.append(key) }
     return tensor
+  }
+
+  /// One zero seen as `shape`: no memory whatever the shape.
+  private static func placeholder(_ shape: [Int]) throws(TorchError) -> Tensor {
+    try Tensor.zeros([]).expand(shape)
   }
 
   /// Throws if any parameter was missing or misshapen, held NaN or infinity, or was not used.

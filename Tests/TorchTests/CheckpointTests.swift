@@ -59,6 +59,27 @@ struct CheckpointTests {
     try checkpoint.finish()
   }
 
+  @Test("a blueprint reports misfits as files do, and its parameters take no memory")
+  func blueprint() throws {
+    let source = folder.file("list.json")
+    let checkpoint = Checkpoint(
+      shapes: ["huge.weight": [1 << 20, 1 << 20], "scale": [], "wide": [3], "extra": [1]], source: source)
+    let root = checkpoint.root
+    let huge = try (root / "huge").parameter("weight", 1 << 20, 1 << 20)  // 4 TiB, were it allocated
+    #expect(huge.tensor.shape == [1 << 20, 1 << 20])
+    #expect(try huge.tensor[12345][678].item() == 0)
+    #expect(try root.parameter("scale").tensor.shape == [])
+    for key in ["wide", "gone"] { #expect(try root.parameter(key, 2).tensor.shape == [2]) }
+    #expect(
+      throws: CheckpointError(
+        path: source.path,
+        problems: [
+          "1 parameters not set (gone)", "1 parameters of another shape (wide: expected [2], got [3])",
+          "1 keys not used (extra)",
+        ])
+    ) { try checkpoint.finish() }
+  }
+
   @Test("the first name that exists is taken; none is an error naming all")
   func names() throws {
     try Safetensors.write(["b": Tensor([1.0])], to: folder.file("model.safetensors"))

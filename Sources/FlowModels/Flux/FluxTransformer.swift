@@ -83,16 +83,21 @@ public final class FluxTransformer {
   }
 
   /// Builds the network and takes every parameter of `folder`; any key that does not fit is an error.
-  public init(folder: URL) throws {
-    config = try ModelFolder.decode(FluxTransformerConfig.self, folder.appending(path: "config.json"))
+  public convenience init(folder: URL) throws {
+    let config = try ModelFolder.decode(FluxTransformerConfig.self, folder.appending(path: "config.json"))
+    try self.init(config: config, checkpoint: try Checkpoint(folder: folder))
+  }
+
+  /// Builds the network and takes every parameter of `checkpoint`; any key that does not fit is an error.
+  public init(config: FluxTransformerConfig, checkpoint: Checkpoint) throws {
+    self.config = config
     guard config.axesDimsRope.reduce(0, +) == config.attentionHeadDim, config.axesDimsRope.count == 3,
       config.axesDimsRope.allSatisfy({ $0 % 2 == 0 })
     else {
       throw ModelError(
-        "\(folder.path)/config.json: axes_dims_rope \(config.axesDimsRope) must be three even sizes with sum attention_head_dim \(config.attentionHeadDim)"
+        "\(checkpoint.folder.path)/config.json: axes_dims_rope \(config.axesDimsRope) must be three even sizes with sum attention_head_dim \(config.attentionHeadDim)"
       )
     }
-    let checkpoint = try Checkpoint(folder: folder)
     let (p, r, d) = (checkpoint.root, modules, config.width)
     xEmbedder = try Linear(config.inChannels, d, p / "x_embedder", r)
     contextEmbedder = try Linear(config.jointAttentionDim, d, p / "context_embedder", r)
