@@ -2,8 +2,8 @@
 /// horizontal one first.
 ///
 /// Source: Pillow@12.0.0 src/libImaging/Resample.c (precompute_coeffs, normalize_coeffs_8bpc,
-/// ImagingResampleHorizontal_8bpc, ImagingResampleVertical_8bpc). Bytes are reproduced exactly: weights are integers
-/// of 22 fractional bits, and the result of each pass is rounded to bytes.
+/// ImagingResampleHorizontal_8bpc, ImagingResampleVertical_8bpc). Bytes are reproduced exactly: weights are
+/// integers of 22 fractional bits, and the result of each pass is rounded to bytes.
 enum BicubicResize {
   /// An interleaved image [height, width, channels], row-major.
   struct Image<Sample> {

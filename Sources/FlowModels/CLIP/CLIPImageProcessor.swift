@@ -6,8 +6,8 @@ import Torch
 public struct CLIPImageProcessor: Sendable, Equatable {
   /// How an image comes to be square.
   public enum Fit: Sendable, Equatable {
-    /// The shorter side becomes `edge`, then the middle is cut out. The cut's offset, where it is half a pixel, is
-    /// rounded by `halves`: down in transformers, to even in torchvision (open_clip).
+    /// The shorter side becomes `edge`, then the middle is cut out. The cut's offset, where it is half a
+    /// pixel, is rounded by `halves`: down in transformers, to even in torchvision (open_clip).
     case shortestEdge(Int, halves: FloatingPointRoundingRule)
     /// Both sides are resized, whatever their ratio.
     case squash
@@ -28,7 +28,8 @@ public struct CLIPImageProcessor: Sendable, Equatable {
   public var mean: [Float]
   /// Divides what is left, by channel.
   public var deviation: [Float]
-  /// Whether resized values are bytes, as in Pillow's images; HPSv2 resizes floats, which keep fractions and overshoot.
+  /// Whether resized values are bytes, as in Pillow's images; HPSv2 resizes floats, which keep fractions and
+  /// overshoot.
   public var bytes: Bool
 
   /// Creates a processor; mean and deviation are OpenAI's unless given.
@@ -128,8 +129,8 @@ public struct CLIPImageProcessor: Sendable, Equatable {
 }
 
 extension CLIPImageProcessor {
-  /// What a CLIP folder asks for: `open_clip_config.json`'s preprocess_cfg, or `preprocessor_config.json`; without
-  /// either, the shorter side of the vision tower's size and OpenAI's mean and deviation.
+  /// What a CLIP folder asks for: `open_clip_config.json`'s preprocess_cfg, or `preprocessor_config.json`;
+  /// without either, the shorter side of the vision tower's size and OpenAI's mean and deviation.
   ///
   /// - Throws: ``ModelError`` for steps that are not computed here.
   public init(folder: URL) throws {

@@ -79,7 +79,8 @@ struct CLIPLayer {
   }
 }
 
-/// A tower's last product, without bias: transformers stores it as a layer [out, in], open_clip as a matrix [in, out].
+/// A tower's last product, without bias: transformers stores it as a layer [out, in], open_clip as a matrix
+/// [in, out].
 struct CLIPProjection {
   private let layer: Linear?
   private let matrix: Parameter?

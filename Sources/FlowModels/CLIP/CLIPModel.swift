@@ -28,11 +28,12 @@ public final class CLIPModel {
   public let vision: CLIPVisionEncoder
   private let logScale: Parameter
 
-  /// Builds the model of `folder` and takes every parameter: `open_clip_config.json` and `open_clip_model.safetensors`
-  /// (or `model.safetensors`), or transformers' `config.json` and `model.safetensors`.
+  /// Builds the model of `folder` and takes every parameter: `open_clip_config.json` and
+  /// `open_clip_model.safetensors` (or `model.safetensors`), or transformers' `config.json` and
+  /// `model.safetensors`.
   ///
-  /// - Parameter activation: `gelu` or `quick_gelu` in place of the configuration's; open_clip's own configurations
-  ///   leave it to the name of the model (`ViT-H-14-quickgelu`).
+  /// - Parameter activation: `gelu` or `quick_gelu` in place of the configuration's; open_clip's own
+  ///   configurations leave it to the name of the model (`ViT-H-14-quickgelu`).
   public convenience init(folder: URL, activation: String? = nil) throws {
     var config = try Config(folder: folder)
     if let activation { (config.text.hiddenAct, config.vision.hiddenAct) = (activation, activation) }

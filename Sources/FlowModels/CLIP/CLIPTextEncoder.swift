@@ -7,8 +7,8 @@ import TorchNN
 /// Reference: transformers 5.23.0 CLIPTextModel and CLIPTextModelWithProjection; keys with and without the
 /// prefix `text_model.` are accepted. ``CLIPModel`` builds it from open_clip's names too.
 public final class CLIPTextEncoder {
-  /// Sizes from `config.json`, or from the `text_config` of a ``CLIPModel``; absent fields take the reference's
-  /// defaults.
+  /// Sizes from `config.json`, or from the `text_config` of a ``CLIPModel``; absent fields take the
+  /// reference's defaults.
   public struct Config: Decodable, Sendable {
     var vocabSize = 49408
     var hiddenSize = 512
@@ -124,8 +124,8 @@ public final class CLIPTextEncoder {
 
   /// ids [B, N] int64 → hidden states.
   ///
-  /// - Parameter attentionMask: [B, N], 0 for tokens that no other attends to. Padding after the end token needs
-  ///   none: attention looks back only.
+  /// - Parameter attentionMask: [B, N], 0 for tokens that no other attends to. Padding after the end token
+  ///   needs none: attention looks back only.
   /// - Throws: ``ModelError`` for more tokens than positions.
   public func callAsFunction(_ ids: Tensor, attentionMask: Tensor? = nil) throws -> Output {
     let n = ids.size(1)

@@ -3,7 +3,8 @@ import TorchNN
 
 /// CLIP's vision transformer: patches and a class token, whose last state is projected.
 ///
-/// Reference: transformers 5.23.0 CLIPVisionModel, open_clip 3.3.0 VisionTransformer. ``CLIPModel`` builds it.
+/// Reference: transformers 5.23.0 CLIPVisionModel, open_clip 3.3.0 VisionTransformer. ``CLIPModel`` builds
+/// it.
 public final class CLIPVisionEncoder {
   /// Sizes from the `vision_config` of a ``CLIPModel``; absent fields take the reference's defaults.
   public struct Config: Decodable, Sendable {

@@ -4,7 +4,8 @@ import Torch
 import TorchNN
 
 extension Verifier {
-  /// The CLIP folder that `io/<name>.json` names, or the folder itself; nil where neither holds a CLIP of both towers.
+  /// The CLIP folder that `io/<name>.json` names, or the folder itself; nil where neither holds a CLIP of
+  /// both towers.
   func clipFolder(_ name: String) -> URL? {
     let named = ((try? settings(name))?["model"] as? String).map { folder.appending(path: $0) }
     return [named, folder].compactMap { $0 }.first { candidate in
@@ -53,7 +54,8 @@ extension Verifier {
     }
   }
 
-  /// Pixels compared as grey levels: those of PIL, or another resize. 1e-3 leaves room for how the mean is subtracted.
+  /// Pixels compared as grey levels: those of PIL, or another resize. 1e-3 leaves room for how the mean is
+  /// subtracted.
   private mutating func greyLevels(
     _ id: String, _ ours: Tensor, _ data: SafetensorsFile, _ key: String, _ processor: CLIPImageProcessor
   ) throws {

@@ -3,8 +3,8 @@ import Foundation
 import TorchNN
 
 extension Verifier {
-  /// A list of a published model's keys and shapes, `shapes/<name>.json.gz` or `.json`: our class, built from the
-  /// published configuration, must want exactly these, and as many elements. Nothing is allocated.
+  /// A list of a published model's keys and shapes, `shapes/<name>.json.gz` or `.json`: our class, built from
+  /// the published configuration, must want exactly these, and as many elements. Nothing is allocated.
   ///
   /// A name that is not known is compared with every model.
   mutating func shapes(_ name: String) throws {
