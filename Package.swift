@@ -29,6 +29,7 @@ let package = Package(
   targets: [
     .systemLibrary(name: "CTorch", pkgConfig: "ctorch"),
     .systemLibrary(name: "CCairo", pkgConfig: "cairo", providers: [.apt(["libcairo2-dev"])]),
+    .systemLibrary(name: "CZlib", pkgConfig: "zlib", providers: [.apt(["zlib1g-dev"])]),
 
     .target(name: "ChunkGRPO"),
     .target(name: "Torch", dependencies: ["CTorch"]),
@@ -39,7 +40,7 @@ let package = Package(
     .target(
       name: "FlowTraining",
       dependencies: [
-        "ChunkGRPO", "FlowModels", "FlowRewards", "Pictures", "Torch", "TorchNN", yams,
+        "ChunkGRPO", "CZlib", "FlowModels", "FlowRewards", "Pictures", "Torch", "TorchNN", yams,
       ]),
     .executableTarget(
       name: "CLI", dependencies: ["FlowTraining", "Pictures", argumentParser],

@@ -53,6 +53,7 @@ missing_packages() {
   command -v make >/dev/null || echo make
   command -v pkg-config >/dev/null || echo pkg-config
   pkg-config --exists cairo 2>/dev/null || echo libcairo2-dev
+  pkg-config --exists zlib 2>/dev/null || echo zlib1g-dev # cairo's headers need it anyway
   [ -n "$(find -L /usr/share/fonts /usr/local/share/fonts -name 'DejaVuSans.ttf' -print -quit 2>/dev/null)" ] ||
     echo fonts-dejavu-core
   [ -e /etc/ssl/certs/ca-certificates.crt ] || [ -d /etc/pki/tls/certs ] || echo ca-certificates

@@ -38,18 +38,30 @@ public struct ModelFolder: Sendable {
 
   static func decode<C: Decodable>(_ type: C.Type, _ file: URL) throws -> C {
     guard let data = try? Data(contentsOf: file) else { throw ModelError("\(file.path): cannot be read") }
+    return try decode(type, data, file.path)
+  }
+
+  /// Decodes `data`, which came from `source`.
+  static func decode<C: Decodable>(_ type: C.Type, _ data: Data, _ source: String) throws -> C {
     do {
       let decoder = JSONDecoder()
       // The scheduler's type spells its keys out.
       if type != FlowMatchScheduler.self { decoder.keyDecodingStrategy = .convertFromSnakeCase }
       return try decoder.decode(type, from: data)
     } catch DecodingError.keyNotFound(let key, _) {
-      throw ModelError("\(file.path): field \(key.stringValue) is missing")
+      throw ModelError("\(source): field \(key.stringValue) is missing")
     } catch DecodingError.typeMismatch(_, let context) {
       let path = context.codingPath.map(\.stringValue).joined(separator: ".")
-      throw ModelError("\(file.path): field \(path) has the wrong type")
+      throw ModelError("\(source): field \(path) has the wrong type")
     } catch {
-      throw ModelError("\(file.path): not valid JSON, or not the expected object")
+      throw ModelError("\(source): not valid JSON, or not the expected object")
     }
+  }
+}
+
+extension KeyedDecodingContainer {
+  /// Overwrites `value` with the field `key`, where it is there and not null.
+  func read<T: Decodable>(_ key: Key, into value: inout T) throws {
+    value = try decodeIfPresent(T.self, forKey: key) ?? value
   }
 }

@@ -35,14 +35,22 @@ public final class Linear {
   public let inSize, outSize: Int
 
   /// Takes `weight` and, where `bias` says so, `bias` under `path`.
-  public init(
+  public convenience init(
     _ inSize: Int, _ outSize: Int, bias: Bool = true, _ path: ParameterPath, _ registry: ModuleRegistry
+  ) throws {
+    try self.init(inSize, outSize, names: ("weight", bias ? "bias" : nil), path, registry)
+  }
+
+  /// Takes weight and bias under names of their own, as `in_proj_weight`; adapters are named by `path`.
+  public init(
+    _ inSize: Int, _ outSize: Int, names: (weight: String, bias: String?), _ path: ParameterPath,
+    _ registry: ModuleRegistry
   ) throws {
     self.inSize = inSize
     self.outSize = outSize
     self.path = path.prefix
-    weight = try path.parameter("weight", outSize, inSize)
-    self.bias = bias ? try path.parameter("bias", outSize) : nil
+    weight = try path.parameter(names.weight, outSize, inSize)
+    bias = try names.bias.map { try path.parameter($0, outSize) }
     if let kind = path.checkpoint.quantised(path.prefix) { try weight.quantise(kind) }
     registry.add(self)
   }

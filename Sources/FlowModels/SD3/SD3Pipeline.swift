@@ -93,7 +93,7 @@ public final class SD3TextEncoders: TextEncoding {
     let clips = try ["text_encoder", "text_encoder_2"].map {
       try folder.config(CLIPTextEncoder.Config.self, $0)
     }
-    pooledWidth = clips.reduce(0) { $0 + ($1.projectionDim ?? 512) }
+    pooledWidth = clips.reduce(0) { $0 + $1.projectionDim }
     t5Width = hasT5 ? try folder.config(T5Encoder.Config.self, "text_encoder_3").dModel : nil
     clipTokenizers = try tokenizerFolders.prefix(2).map { try CLIPTokenizer(folder: $0) }
     t5Tokenizer = hasT5 ? try T5Tokenizer(folder: tokenizerFolders[2]) : nil

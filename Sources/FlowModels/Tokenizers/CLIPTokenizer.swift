@@ -1,12 +1,24 @@
 import Foundation
 
-/// CLIP's lower-cased byte-level BPE: NFC, whitespace collapsed, lower case, split into words, merged by rank.
+/// CLIP's lower-cased byte-level BPE: NFC, whitespace collapsed, lower case, split into words, merged by
+/// rank.
 ///
 /// All work is on Unicode scalars and bytes: Swift's `Character` would join marks, emoji and CR-LF that the
 /// reference treats one code point at a time.
 ///
-/// Source: openai/CLIP@0848ed7 clip/simple_tokenizer.py#L62-L127; checked against transformers' CLIPTokenizer.
+/// Source: openai/CLIP@0848ed7 clip/simple_tokenizer.py#L62-L127; checked against transformers'
+/// CLIPTokenizer.
 public struct CLIPTokenizer: Sendable {
+  /// Whose tokenizer is followed; vocabulary and merges are the same.
+  public enum Style: Sendable {
+    /// transformers': `<|startoftext|>` and `<|endoftext|>` in a text are those tokens; padding as
+    /// configured.
+    case transformers
+    /// open_clip's: text is cleaned first (quotes, HTML references, full-width forms), the tokens are spelt
+    /// `<start_of_text>` and `<end_of_text>`, and id 0 fills the rest.
+    case openCLIP
+  }
+
   /// `model_max_length` of the configuration, 77 when it names none.
   public let maximumLength: Int
   /// Ids of `<|startoftext|>`, of `<|endoftext|>`, and of the token that fills the rest.
@@ -21,11 +33,18 @@ public struct CLIPTokenizer: Sendable {
   private struct Merge { let rank, id: Int32 }
 
   private static let startToken = "<|startoftext|>", endToken = "<|endoftext|>"
+  private let style: Style
+  /// How start and end token are written in a text, then what is one word as well.
+  private let whole: [[Unicode.Scalar]]
 
   /// Reads `vocab.json`, `merges.txt` and, when there is one, `tokenizer_config.json`.
   ///
   /// - Throws: ``TokenizerError`` for a missing or malformed file, or one that contradicts another.
-  public init(folder: URL) throws(TokenizerError) {
+  public init(folder: URL, style: Style = .transformers) throws(TokenizerError) {
+    self.style = style
+    let special =
+      style == .transformers ? [Self.startToken, Self.endToken] : ["<start_of_text>", "<end_of_text>"]
+    whole = (special + ["'s", "'t", "'re", "'ve", "'m", "'ll", "'d"]).map { Array($0.unicodeScalars) }
     let vocabularyPath = folder.appendingPathComponent("vocab.json").path
     let settings = try Settings(folder: folder)
     // String keys compare by canonical equivalence; the byte alphabet has no combining marks, so none collide.
@@ -44,7 +63,8 @@ public struct CLIPTokenizer: Sendable {
       throw .malformed(path: vocabularyPath, problem: "no id for the token \"\(token)\"")
     }
     (start, end) = (Int64(try id(Self.startToken)), Int64(try id(Self.endToken)))
-    (pad, maximumLength) = (Int64(try id(settings.pad)), settings.length)
+    pad = style == .openCLIP ? 0 : Int64(try id(settings.pad))
+    maximumLength = settings.length
     var inner: [Int32] = [], final: [Int32] = []
     for symbol in Self.byteSymbols {
       inner.append(try id(String(symbol)))
@@ -79,10 +99,8 @@ public struct CLIPTokenizer: Sendable {
   public func encode(_ text: String, length: Int) -> TokenizedText {
     precondition(length >= 2, "CLIPTokenizer.encode: length \(length), need at least 2 for start and end")
     var ids = [start], truncated = 0
-    for word in Self.words(Self.clean(text)) {
-      let tokens =
-        word.elementsEqual(Self.startToken.unicodeScalars)
-        ? [start] : word.elementsEqual(Self.endToken.unicodeScalars) ? [end] : merge(word)
+    for word in words(clean(text)) {
+      let tokens = word.elementsEqual(whole[0]) ? [start] : word.elementsEqual(whole[1]) ? [end] : merge(word)
       let room = min(tokens.count, length - 1 - ids.count)
       ids += tokens[..<room]
       truncated += tokens.count - room
@@ -114,10 +132,13 @@ public struct CLIPTokenizer: Sendable {
     }
   }
 
-  /// NFC, runs of whitespace to one space, lower case.
-  private static func clean(_ text: String) -> [Unicode.Scalar] {
-    let words = text.precomposedStringWithCanonicalMapping.unicodeScalars.split(whereSeparator: isSpace)
-    return lowercased(Array(words.joined(separator: CollectionOfOne(" " as Unicode.Scalar))))
+  /// NFC or what open_clip does, runs of whitespace to one space, lower case.
+  func clean(_ text: String) -> [Unicode.Scalar] {
+    let scalars =
+      style == .openCLIP
+      ? OpenCLIPText.clean(text) : Array(text.precomposedStringWithCanonicalMapping.unicodeScalars)
+    let words = scalars.split(whereSeparator: Self.isSpace)
+    return Self.lowercased(Array(words.joined(separator: CollectionOfOne(" " as Unicode.Scalar))))
   }
 
   /// Python's `str.lower`: each scalar's full mapping, but a capital sigma that ends a word becomes ς.
@@ -132,12 +153,10 @@ public struct CLIPTokenizer: Sendable {
     }
   }
 
-  private static let whole = [startToken, endToken, "'s", "'t", "'re", "'ve", "'m", "'ll", "'d"]
-    .map { Array($0.unicodeScalars) }
-
-  /// Matches of `<|startoftext|>|<|endoftext|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+`.
-  private static func words(_ text: [Unicode.Scalar]) -> [ArraySlice<Unicode.Scalar>] {
-    let kinds = text.map(kind)
+  /// Matches of `<|startoftext|>|<|endoftext|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+`,
+  /// with the style's own start and end token.
+  private func words(_ text: [Unicode.Scalar]) -> [ArraySlice<Unicode.Scalar>] {
+    let kinds = text.map(Self.kind)
     var words: [ArraySlice<Unicode.Scalar>] = [], start = 0
     while start < text.count {
       var end = start + 1
