@@ -11,7 +11,10 @@ struct ChunkGRPOCommand: ParsableCommand {
       "Post-trains flow-matching text-to-image models with Chunk-GRPO: sample by step, optimise by chunk.",
     discussion: "Start with `make demo`, or: chunkgrpo train Examples/demo.yaml --set output=runs/mine",
     version: "0.1.0",
-    subcommands: [Train.self, Sample.self, Evaluate.self, Verify.self, Demo.self, Bench.self])
+    subcommands: [
+      Train.self, Sample.self, Evaluate.self, Inspect.self, Export.self, Merge.self, Verify.self, Demo.self,
+      Bench.self,
+    ])
 
   static func main() {
     do {
