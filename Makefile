@@ -60,6 +60,8 @@ demo: ## set up, build and run the demo; DEMO_SET="key=value …" changes its co
 test: build ## run all tests
 	@PYTHON="$${PYTHON:-$$(ls .python/bin/python 2> /dev/null || echo python3)}" Tools/fetch-vocabularies.sh || \
 	{ [ "$(CI)" != true ] && echo 'test: warning: without tokenizer vocabularies the tests that read them fail'; }
+	@[ -n "$(CHUNKGRPO_TEST_PYTHON)" ] || Tools/setup-python-tests.sh || \
+	{ [ "$(CI)" != true ] && echo 'test: warning: without .python-tests LoRA files are not compared with diffusers and PEFT'; }
 	@start=$$SECONDS && swift build $(QUIET) --build-tests $(DEBUG) && \
 	echo "test: test bundle ($$((SECONDS - start)) s)"
 	@swift test --skip-build --disable-xctest $(DEBUG)
@@ -82,8 +84,8 @@ install: $(if $(wildcard bin/chunkgrpo),,build) ## install under PREFIX (/usr/lo
 clean: ## remove what was built
 	rm -rf .build bin lib
 
-distclean: clean ## remove the private Python environment too
-	rm -rf .python
+distclean: clean ## remove the private Python environments too
+	rm -rf .python .python-tests
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS=$$'\t' read -r target what; do \

@@ -61,22 +61,21 @@ public struct ModelReference: Sendable {
     return configuration
   }
 
-  /// Adds a LoRA file, or a folder that holds trained weights.
+  /// Adds a LoRA file, a PEFT folder, or a folder that holds trained weights.
   public mutating func add(adapter path: String) throws {
     let url = URL(filePath: path)
     func file(_ name: String) -> URL? {
       let candidate = url.appending(path: name)
       return FileManager.default.fileExists(atPath: candidate.path) ? candidate : nil
     }
-    if path.hasSuffix(".safetensors"), FileManager.default.fileExists(atPath: path) {
-      adapter = url
-    } else if let found = file("pytorch_lora_weights.safetensors") {
+    if let found = try LoRAFile.locate(url) {
       adapter = found
     } else if let found = file("diffusion_pytorch_model.safetensors") {
       weights = found
     } else {
       throw RunError(
-        "\(path): holds neither pytorch_lora_weights.safetensors nor diffusion_pytorch_model.safetensors")
+        "\(path): holds no trained weights: expected pytorch_lora_weights.safetensors, diffusion_pytorch_model.safetensors "
+          + "or PEFT's adapter_config.json and adapter_model.safetensors")
     }
   }
 

@@ -155,18 +155,31 @@ public enum Safetensors {
   public static func write(
     _ tensors: [String: Tensor], metadata: [String: String] = [:], to url: URL
   ) throws {
-    guard tensors["__metadata__"] == nil else {
+    let layout = tensors.mapValues { (dtype: $0.dtype, shape: $0.shape) }
+    try write(layout: layout, metadata: metadata, to: url) { tensors[$0]! }
+  }
+
+  /// Writes a file whose tensors are asked for one after the other, so that one at a time is in memory.
+  ///
+  /// - Parameters:
+  ///   - layout: dtype and shape of every entry.
+  ///   - tensor: the entry of the name given, of the dtype and shape announced.
+  public static func write(
+    layout: [String: (dtype: DType, shape: [Int])], metadata: [String: String] = [:], to url: URL,
+    tensor: (String) throws -> Tensor
+  ) throws {
+    guard layout["__metadata__"] == nil else {
       throw SafetensorsError(path: url.path, reason: "__metadata__ is not a name for a tensor")
     }
     // The order of the reference library: widest dtype first, then by name.
-    let order = tensors.sorted { ($1.value.dtype.size, $0.key) < ($0.value.dtype.size, $1.key) }
+    let order = layout.sorted { ($1.value.dtype.size, $0.key) < ($0.value.dtype.size, $1.key) }
     var header: [String: Any] = [:]
     if !metadata.isEmpty { header["__metadata__"] = metadata }
     var offset = 0
-    for (name, tensor) in order {
-      let end = offset + tensor.count * tensor.dtype.size
+    for (name, entry) in order {
+      let end = offset + entry.shape.reduce(entry.dtype.size, *)
       header[name] = [
-        "dtype": tensor.dtype.safetensorsName, "shape": tensor.shape, "data_offsets": [offset, end],
+        "dtype": entry.dtype.safetensorsName, "shape": entry.shape, "data_offsets": [offset, end],
       ]
       offset = end
     }
@@ -176,7 +189,15 @@ public enum Safetensors {
     try AtomicFile.write(to: url) { file in
       try file.append(withUnsafeBytes(of: UInt64(json.count).littleEndian) { [UInt8]($0) })
       try file.append([UInt8](json))
-      for (_, tensor) in order { try file.append(try tensor.bytes()) }
+      for (name, entry) in order {
+        let value = try tensor(name)
+        guard value.dtype == entry.dtype, value.shape == entry.shape else {
+          throw SafetensorsError(
+            path: url.path,
+            reason: "\(name): announced \(entry.dtype)\(entry.shape), given \(value.dtype)\(value.shape)")
+        }
+        try file.append(try value.bytes())
+      }
     }
   }
 }

@@ -115,6 +115,8 @@ public final class Checkpoint {
   public func contains(_ key: String) -> Bool { location[key] != nil }
   /// All entry names.
   public var keys: [String] { location.keys.sorted() }
+  /// The files, one a shard.
+  public var shards: [SafetensorsFile] { files }
   /// The root of the key paths.
   public var root: ParameterPath { ParameterPath(checkpoint: self, prefix: "") }
 

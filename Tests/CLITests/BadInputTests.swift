@@ -78,6 +78,12 @@ struct BadInputTests {
     .train(
       "chunks of another sum", "chunk.plan=list:1,2",
       words: ["chunk.plan", "[1, 2]", "cover 3", "has 2", "change chunk.plan or sampling.steps"]),
+    .train(
+      "a target that is no regular expression", "trainable.targets=/to_(q/",
+      words: ["trainable.targets", "/to_(q/", "not a regular expression"]),
+    .train(
+      "a target that the model does not have", "trainable.targets=[attention, query]",
+      words: ["trainable.targets", "query", "the model has", "attn.to_q"]),
     .train("a group of one", "group.size=1", words: ["group.size", "at least 2", "got 1"]),
     .train(
       "an unknown reward", "rewards=[{name: vivd}]", words: ["rewards", "\"vivd\"", "scenes", "vivid"]),

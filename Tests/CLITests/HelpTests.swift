@@ -6,7 +6,9 @@ import Testing
 /// After a change that is meant: `RECORD_SNAPSHOTS=1 swift test --filter HelpTests`, and read the diff.
 @Suite("help")
 struct HelpTests {
-  static let commands = ["", "train", "sample", "evaluate", "encode", "verify", "demo", "bench"]
+  static let commands = [
+    "", "train", "sample", "evaluate", "encode", "inspect", "export", "merge", "verify", "demo", "bench",
+  ]
   static let isRecording = ProcessInfo.processInfo.environment["RECORD_SNAPSHOTS"] != nil
 
   @Test("--help is the snapshot, with an example, on stdout", arguments: commands)

@@ -1,3 +1,5 @@
+import FlowModels
+
 extension Configuration {
   /// Refuses values that make no sense, alone or together, and those this version does not implement.
   ///
@@ -103,6 +105,10 @@ extension Configuration {
       try require(
         !trainable.targets.isEmpty && !trainable.targets.contains(""), "trainable.targets",
         "expected names of linear layers such as [to_q, to_v], got \(trainable.targets)")
+      for target in trainable.targets {
+        try require(
+          (try? LoRATargets([target])) != nil, "trainable.targets", "\(target) is not a regular expression")
+      }
     }
     try require(
       0 <= ema.decay && ema.decay < 1, "ema.decay", "expected a number in [0, 1), got \(ema.decay.yamlText)")
