@@ -6,12 +6,15 @@
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/Allocator.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/version.h>
+
+#include <dlfcn.h>
 
 #include <algorithm>
 #include <atomic>
@@ -231,6 +234,22 @@ struct Blocks {
   }
 };
 
+// What the CPU allocator tells a profiler, added up.
+struct AllocationWatch : c10::MemoryReportingInfoBase {
+  std::atomic<int64_t> held{0}, peak{0};
+  void reportMemoryUsage(void *, int64_t size, size_t, size_t, c10::Device device) override {
+    if (!device.is_cpu()) return;
+    int64_t now = held += size, most = peak.load();
+    while (now > most && !peak.compare_exchange_weak(most, now)) {}
+  }
+  bool memoryProfilingEnabled() const override { return true; }
+};
+struct Watching {
+  std::shared_ptr<AllocationWatch> watch = std::make_shared<AllocationWatch>();
+  c10::DebugInfoGuard guard{c10::DebugInfoKind::PROFILER_STATE, watch};
+};
+thread_local std::vector<std::unique_ptr<Watching>> watches;
+
 }  // namespace
 
 extern "C" {
@@ -265,6 +284,27 @@ int32_t ctorch_reset_peak_memory(int32_t device, int32_t index) {
   return guarded([&] {
     TORCH_CHECK(at::detail::getCUDAHooks().hasCUDA(), "no CUDA device");
     c10::getDeviceAllocator(kind(device))->resetPeakStats(static_cast<c10::DeviceIndex>(index));
+  });
+}
+
+int32_t ctorch_watch_begin(void) {
+  return guarded([&] { watches.push_back(std::make_unique<Watching>()); });
+}
+int32_t ctorch_watch_end(int64_t *peak) {
+  return guarded([&] {
+    TORCH_CHECK(!watches.empty(), "nothing is watched");
+    *peak = watches.back()->watch->peak.load();
+    watches.pop_back();
+  });
+}
+int32_t ctorch_device_memory(int64_t *free, int64_t *total) {
+  return guarded([&] {
+    // From the CUDA runtime that libtorch has loaded: a build against the CPU library has none.
+    auto query = reinterpret_cast<int (*)(size_t *, size_t *)>(dlsym(RTLD_DEFAULT, "cudaMemGetInfo"));
+    size_t available = 0, all = 0;
+    TORCH_CHECK(query != nullptr && query(&available, &all) == 0, "no CUDA runtime");
+    *free = static_cast<int64_t>(available);
+    *total = static_cast<int64_t>(all);
   });
 }
 

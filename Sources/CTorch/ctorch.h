@@ -19,7 +19,7 @@ extern "C" {
 #define CTORCH_API __attribute__((visibility("default")))
 
 /* Raised whenever a signature below changes; the Swift side refuses a library with another number. */
-#define CTORCH_ABI_VERSION 2
+#define CTORCH_ABI_VERSION 3
 
 typedef struct ctorch_tensor_opaque *ctorch_tensor;
 
@@ -43,6 +43,11 @@ CTORCH_API int32_t ctorch_synchronize(int32_t device, int32_t index);
 /* Most bytes the device's allocator has held since the last reset; CUDA only. */
 CTORCH_API int32_t ctorch_peak_memory(int64_t *bytes, int32_t device, int32_t index);
 CTORCH_API int32_t ctorch_reset_peak_memory(int32_t device, int32_t index);
+/* Counts what the CPU allocator hands out on this thread until _end, which gives the most held at a time. */
+CTORCH_API int32_t ctorch_watch_begin(void);
+CTORCH_API int32_t ctorch_watch_end(int64_t *peak);
+/* Free and total bytes of a CUDA device. */
+CTORCH_API int32_t ctorch_device_memory(int64_t *free, int64_t *total);
 
 /* -- modes of the calling thread: each returns the previous value --------------------------------------- */
 CTORCH_API bool ctorch_set_grad_enabled(bool enabled);

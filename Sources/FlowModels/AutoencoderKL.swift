@@ -11,7 +11,8 @@ public final class AutoencoderKL {
   public struct Config: Decodable, Sendable {
     let blockOutChannels: [Int]
     let layersPerBlock: Int
-    let latentChannels: Int
+    /// Channels of a latent.
+    public let latentChannels: Int
     let normNumGroups: Int?
     let inChannels: Int?
     let outChannels: Int?

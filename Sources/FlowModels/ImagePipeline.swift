@@ -15,6 +15,8 @@ public protocol FlowTransformer: AnyObject {
   var attentionKernel: AttentionKernel { get set }
   /// Blocks of a segment of which only the inputs are kept for the backward pass; nil keeps everything.
   var checkpointing: Int? { get set }
+  /// Moves the network to `dtype` and `device`.
+  func place(_ dtype: DType, _ device: Device) throws(TorchError)
 }
 
 extension FlowTransformer {
@@ -65,6 +67,23 @@ extension TextEncoding {
   public var bytes: Int? {
     let sizes = folders.map(weightBytes)
     return sizes.contains(0) ? nil : sizes.reduce(0, +)
+  }
+}
+
+extension TextEncoding {
+  /// Bytes the encoders take once loaded; nil unless every encoder has weight files.
+  public var memory: Int? {
+    guard bytes != nil else { return nil }
+    var total = 0
+    for folder in folders {
+      let names = (try? FileManager.default.contentsOfDirectory(atPath: folder.path)) ?? []
+      for name in names where name.hasSuffix(".safetensors") {
+        guard let file = try? SafetensorsFile(folder.appending(path: name)) else { continue }
+        let elements = file.names.reduce(0) { $0 + file.shape($1)!.reduce(1, *) }
+        total += elements * encoderDType(folder).size
+      }
+    }
+    return total
   }
 }
 
@@ -171,7 +190,7 @@ public enum ImagePipelines {
     }
   }
 
-  private static func unsupported(_ folder: ModelFolder) -> ModelError {
+  static func unsupported(_ folder: ModelFolder) -> ModelError {
     ModelError(
       "\(folder.url.path)/model_index.json: \(folder.pipeline) is not supported; expected "
         + supported.joined(separator: " or "))

@@ -22,20 +22,7 @@ public final class Engine {
   /// Loads the model folder of `configuration`.
   public init(_ configuration: Configuration) throws {
     let c = configuration
-    var options = PipelineOptions()
-    options.device = TorchRuntime.cudaAvailable ? .cuda(0) : .cpu
-    options.dtype =
-      switch c.network.dtype {
-      case .float32: .float32
-      case .bfloat16: .bfloat16
-      case .auto: options.device != .cpu || TorchRuntime.nativeBFloat16 ? .bfloat16 : .float32
-      }
-    options.textLength = c.sampling.textLength
-    options.attention = AttentionKernel(rawValue: c.network.attention.rawValue)!
-    options.roundsTimeToDType = c.network.timeRounding == .model
-    options.weights = QuantisedWeight(rawValue: c.network.weights.rawValue)
-    options.checkpointing = c.network.checkpointing.segment
-    options.passes = AutoencoderKL.Passes(rawValue: c.network.vae.rawValue)!
+    let options = Self.options(c)
     pipeline = try ImagePipelines.load(URL(filePath: c.model), options)
     grid = try pipeline.grid(height: c.sampling.height, width: c.sampling.width)
     encoder = try PromptEncoder(c.prompts.embeddings, pipeline.text, device: options.device)
@@ -58,6 +45,25 @@ public final class Engine {
         ? TimedNetwork(GuidedFlowModel(model, negative: try encoder(c.sampling.negative)))
         : TimedNetwork(model)
     }
+  }
+
+  /// How `c` has its model loaded.
+  static func options(_ c: Configuration) -> PipelineOptions {
+    var options = PipelineOptions()
+    options.device = TorchRuntime.cudaAvailable ? .cuda(0) : .cpu
+    options.dtype =
+      switch c.network.dtype {
+      case .float32: .float32
+      case .bfloat16: .bfloat16
+      case .auto: options.device != .cpu || TorchRuntime.nativeBFloat16 ? .bfloat16 : .float32
+      }
+    options.textLength = c.sampling.textLength
+    options.attention = AttentionKernel(rawValue: c.network.attention.rawValue)!
+    options.roundsTimeToDType = c.network.timeRounding == .model
+    options.weights = QuantisedWeight(rawValue: c.network.weights.rawValue)
+    options.checkpointing = c.network.checkpointing.segment
+    options.passes = AutoencoderKL.Passes(rawValue: c.network.vae.rawValue)!
+    return options
   }
 
   /// Where the network is.

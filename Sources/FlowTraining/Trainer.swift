@@ -12,6 +12,8 @@ public enum TrainingEvent: Sendable {
   case warning(String)
   /// An iteration is done.
   case iteration(MetricsRow, of: Int)
+  /// The run ends before its last iteration, and why.
+  case reached(String)
   /// A checkpoint is on disk.
   case checkpoint(String)
 }
@@ -42,7 +44,8 @@ public final class Trainer {
   private let random: RandomPlan
   private let fixedPrompts: [Prompt]
   private let evaluationPrompts: [Prompt]
-  private var iteration = 0
+  /// Iterations done.
+  public private(set) var iteration = 0
   private var update = 0
   private var saved = -1
   private var boundary: [String: Tensor]?
@@ -144,6 +147,12 @@ public final class Trainer {
         boundary = nil
         try folder.append(row)
         report(.iteration(row, of: total))
+        if let name = configuration.run.stopReward, let value = row.values["eval/\(name)"],
+          value >= configuration.run.stopAbove
+        {
+          report(.reached("\(name) \(value) on dev: run.stopAbove \(configuration.run.stopAbove) is reached"))
+          break
+        }
       } catch let interrupted as Interrupted {
         if let boundary { try load(boundary) }
         if saved != iteration { try save() }

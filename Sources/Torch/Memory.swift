@@ -38,15 +38,39 @@ extension TorchRuntime {
   /// Bytes in use now: resident memory of the process.
   public static func residentMemory() throws(TorchError) -> Int { try processStatus("VmRSS") }
 
+  /// Runs `body` and counts what libtorch's CPU allocator hands out on this thread: the most held at a time, of what
+  /// was allocated meanwhile.
+  public static func peakAllocation<R>(_ body: () throws -> R) throws -> (result: R, bytes: Int) {
+    try check("peakAllocation", [], ctorch_watch_begin())
+    let result = Result(catching: body)
+    var bytes: Int64 = 0
+    try check("peakAllocation", [], ctorch_watch_end(&bytes))
+    return (try result.get(), Int(bytes))
+  }
+
+  /// Bytes that a run on `device` could use now: free memory of a CUDA device, or of the host (MemAvailable).
+  public static func availableMemory(_ device: Device = .cpu) throws(TorchError) -> Int {
+    guard device == .cpu else {
+      var (free, total): (Int64, Int64) = (0, 0)
+      try check("availableMemory", [], ctorch_device_memory(&free, &total))
+      return Int(free)
+    }
+    return try size("MemAvailable", in: "/proc/meminfo")
+  }
+
   /// A size of /proc/self/status, in bytes.
   private static func processStatus(_ key: String) throws(TorchError) -> Int {
+    try size(key, in: "/proc/self/status")
+  }
+
+  private static func size(_ key: String, in file: String) throws(TorchError) -> Int {
     // Read to the end: sizes of files in /proc are not known beforehand.
-    let handle = FileHandle(forReadingAtPath: "/proc/self/status")
+    let handle = FileHandle(forReadingAtPath: file)
     let text = (try? handle?.readToEnd()).map { String(decoding: $0, as: UTF8.self) } ?? ""
     let line = text.split(separator: "\n").first { $0.hasPrefix(key + ":") }
     guard let kilobytes = line?.split(whereSeparator: \.isWhitespace).dropFirst().first.flatMap({ Int($0) })
     else {
-      throw TorchError("peakMemory", "/proc/self/status has no \(key): not supported on this system")
+      throw TorchError("peakMemory", "\(file) has no \(key): not supported on this system")
     }
     return kilobytes * 1024
   }

@@ -20,6 +20,7 @@ public final class Checkpoint {
   private let location: [String: Int]
   /// A blueprint's shapes by key; nil where there are files.
   private let shapes: [String: [Int]]?
+  private let isBlank: Bool
   private let dtype: DType?
   private let device: Device
   private(set) var quantised: (String) -> QuantisedWeight? = { _ in nil }
@@ -91,6 +92,7 @@ public final class Checkpoint {
     self.files = files
     self.location = location
     shapes = nil
+    isBlank = false
   }
 
   /// A blueprint: keys and shapes without values. Models built from it hold zeros that take no memory, and
@@ -100,9 +102,22 @@ public final class Checkpoint {
   public init(shapes: [String: [Int]], source: URL) {
     folder = source
     self.shapes = shapes
+    isBlank = false
     (dtype, device) = (nil, .cpu)
     files = []
     location = shapes.mapValues { _ in 0 }
+  }
+
+  /// No checkpoint at all: whatever is asked for is there and zero, without memory until it is converted.
+  ///
+  /// What a model of some configuration needs can be learnt from one built on it.
+  public init(blank source: URL) {
+    folder = source
+    shapes = [:]
+    isBlank = true
+    (dtype, device) = (nil, .cpu)
+    files = []
+    location = [:]
   }
 
   /// Has the weights of the linear layers chosen by path kept in one byte a value as they are read, so that the model
@@ -122,6 +137,7 @@ public final class Checkpoint {
 
   /// The tensor under `key`, as stored. A miss is remembered for ``finish()`` and stands in as zeros.
   func take(_ key: String, shape: [Int]) throws -> Tensor {
+    if isBlank { return try Self.placeholder(shape) }
     guard let at = location[key], let stored = shapes?[key] ?? files[at].shape(key) else {
       missing.append(key)
       return try Self.placeholder(shape)

@@ -65,11 +65,23 @@ public final class LinearGroup {
   private typealias Weights = (weight: Tensor, scales: Tensor?, bias: Tensor?)
   private var stacked: Weights?
 
+  /// Largest weight of a stack: 256 MiB, twice that of a FLUX.1 block's projections in bfloat16.
+  private static let most = 1 << 28
+  private var bytes: Int {
+    members.reduce(0) { $0 + $1.inSize * $1.outSize * $1.weight.tensor.dtype.size }
+  }
+
   /// Joins `members`, which must all have a bias or all have none.
   public init(_ members: [Linear]) { self.members = members }
 
   /// [..., in] → [..., Σ out], the members' outputs side by side.
   public func callAsFunction(_ x: Tensor) throws(TorchError) -> Tensor {
+    // Stacking holds a group's weights twice for a moment, and one product gains little where each is large.
+    if members.count > 1, bytes > Self.most {
+      var parts: [Tensor] = []
+      for member in members { parts.append(try member(x)) }
+      return try Tensor.cat(parts, -1)
+    }
     let (weight, scales, bias) = try weights()
     let base =
       if let scales { try x.quantisedLinear(weight, scales, bias) } else { try x.linear(weight, bias) }
@@ -181,6 +193,8 @@ public final class ModuleRegistry {
     constants.insert(parameter.key)
     return add(parameter)
   }
+  /// Whether training all weights would train this one.
+  public func isTrainable(_ parameter: Parameter) -> Bool { !constants.contains(parameter.key) }
   /// Joins layers into a group that follows changes of its members.
   public func group(_ members: [Linear]) -> LinearGroup {
     let group = LinearGroup(members)
@@ -213,7 +227,7 @@ public final class ModuleRegistry {
   }
   /// Makes every parameter but the constants a float32 gradient leaf.
   public func makeTrainable() throws(TorchError) {
-    for parameter in parameters where !constants.contains(parameter.key) { try parameter.makeTrainable() }
+    for parameter in parameters where isTrainable(parameter) { try parameter.makeTrainable() }
     for group in groups { group.unstack() }
   }
 }

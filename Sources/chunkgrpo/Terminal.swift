@@ -87,6 +87,7 @@ final class TrainingProgress {
   func show(_ event: TrainingEvent) {
     switch event {
     case .warning(let text): Terminal.line("warning: \(text)")
+    case .reached(let text): Terminal.line(text)
     case .checkpoint(let name): if !Terminal.isInteractive { Terminal.line("checkpoint: \(name)") }
     case .iteration(let row, let total): iteration(row, total)
     }

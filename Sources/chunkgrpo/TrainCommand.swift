@@ -38,11 +38,13 @@ struct Train: ParsableCommand {
   }
 
   func run() throws {
-    let (configuration, folder) = try prepare()
-    try configuration.validate()
+    let (given, folder) = try prepare()
+    try given.validate()
     if resume == nil, !dryRun { try folder.requireNew() }
+    // Before anything is loaded: what does not fit is said now, with the way out.
+    let (configuration, memory) = try MemoryModel.fit(given)
     let trainer = try Trainer(configuration, folder: folder)
-    if dryRun { return try describe(trainer) }
+    if dryRun { return try describe(trainer, memory) }
     if resume == nil { try folder.create(configuration) }
     Interruption.watch()
     let progress = TrainingProgress()
@@ -61,11 +63,11 @@ struct Train: ParsableCommand {
       print(
         try Terminal.json(
           Result(
-            run: folder.url.path, adapter: folder.adapter.path, iterations: configuration.run.iterations,
+            run: folder.url.path, adapter: folder.adapter.path, iterations: trainer.iteration,
             rewardMean: last?.values["reward_mean"], seconds: seconds)))
     } else {
       print(
-        "\(folder.url.path): \(configuration.run.iterations) iterations done in \(Terminal.duration(seconds)); adapter in \(folder.adapter.path)"
+        "\(folder.url.path): \(trainer.iteration) iterations done in \(Terminal.duration(seconds)); adapter in \(folder.adapter.path)"
       )
     }
   }
@@ -88,18 +90,28 @@ struct Train: ParsableCommand {
     return (configuration, RunFolder(URL(filePath: configuration.output)))
   }
 
-  private func describe(_ trainer: Trainer) throws {
+  private func describe(_ trainer: Trainer, _ memory: MemoryEstimate) throws {
     // The text encoders load with the first prompt: what is wrong with them is to be found here too.
     _ = try trainer.engine.encoder(trainer.prompts[0].text)
     let counts = trainer.summary
     if json {
-      struct Result: Encodable { let configuration: Configuration, counts: [String: String] }
+      struct Result: Encodable {
+        let configuration: Configuration, counts: [String: String], memory: MemoryEstimate, peakBytes: Int
+      }
       print(
         try Terminal.json(
-          Result(configuration: trainer.configuration, counts: Dictionary(uniqueKeysWithValues: counts))))
+          Result(
+            configuration: trainer.configuration, counts: Dictionary(uniqueKeysWithValues: counts),
+            memory: memory, peakBytes: memory.peak)))
     } else {
       print(trainer.configuration.yaml())
       print(Terminal.table(counts.map { ["# \($0.0)", $0.1] }))
+      func mebibytes(_ bytes: Int) -> String { Terminal.fixed(Double(bytes) / 1_048_576, 1) + " MiB" }
+      let parts =
+        memory.standing.map { ["# memory: \($0.name)", mebibytes($0.bytes)] }
+        + memory.phases.map { ["# memory while \($0.name)", "+ " + mebibytes($0.bytes)] }
+        + [["# estimated peak with optim.microBatch \(memory.microBatch)", mebibytes(memory.peak)]]
+      print(Terminal.table(parts))
     }
   }
 }

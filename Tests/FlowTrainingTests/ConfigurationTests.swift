@@ -63,9 +63,9 @@ struct ConfigurationTests {
     microBatch: 7, state: int8, offload: true}
     trainable: {kind: full, rank: 4, alpha: 0.5, targets: "größe 🙂"}
     ema: {decay: 0.999}
-    network: {dtype: bfloat16, timeRounding: model, attention: math, checkpointing: "every:4", weights: fp8, \
+    network: {dtype: bfloat16, timeRounding: model, attention: math, checkpointing: "every:4", memory: 24GB, weights: fp8, \
     vae: tiled}
-    run: {iterations: 3, checkpointEvery: 1, keep: 9, samplesEvery: 0, evaluateEvery: 0}
+    run: {iterations: 3, checkpointEvery: 1, keep: 9, samplesEvery: 0, evaluateEvery: 0, stopReward: hpsv3, stopAbove: 0.5}
     """
 
   @Test("the documented block is the defaults, and they are valid")
@@ -178,7 +178,8 @@ struct ConfigurationTests {
   func keysMatchCodable() throws {
     // An absent option would be left out.
     var configuration = Configuration()
-    configuration.sampling.textLength = 1
+    (configuration.sampling.textLength, configuration.network.memory) = (1, "1GB")
+    configuration.run.stopReward = "scenes"
     let object = try #require(try object(configuration) as? [String: Any])
     #expect(Set(object.keys) == Set(Configuration.keys))
     for field in Configuration.fields where !field.children.isEmpty && field.name != "rewards" {

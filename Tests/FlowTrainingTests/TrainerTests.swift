@@ -97,6 +97,27 @@ struct TrainerTests {
     #expect(try shop.trained("other") != shop.trained("whole"))
   }
 
+  @Test(
+    "a run ends at the first evaluation that reaches its goal, with a checkpoint; a goal out of reach changes nothing"
+  )
+  func goal() throws {
+    func change(_ c: inout Configuration) {
+      (c.run.evaluateEvery, c.run.checkpointEvery, c.run.stopReward) = (3, 5, "vivid")
+    }
+    try shop.train("early") { c in
+      change(&c)
+      c.run.stopAbove = -1
+    }
+    #expect(try shop.rows("early").map { $0["iteration"] as? Int } == [1, 2, 3])
+    #expect(try shop.checkpoints("early") == ["iteration-000003"])
+    try shop.train("late") { c in
+      change(&c)
+      c.run.stopAbove = 10
+    }
+    #expect(try shop.rows("late").count == 4)
+    #expect(try shop.timeless("late").prefix(3) == shop.timeless("early")[...])
+  }
+
   // Oracle: closed form. B is 0 before the first step, so that its average after one is (1 − d)·B, exact in
   // float32 for d = 3/4; A's average moves a quarter of the way.
   @Test(

@@ -7,7 +7,7 @@ public struct SD3TransformerConfig: Decodable, Sendable, Equatable {
   let inChannels: Int?
   let outChannels: Int?
   let patchSize: Int?
-  let numLayers: Int
+  var numLayers: Int
   let attentionHeadDim: Int
   let numAttentionHeads: Int
   let jointAttentionDim: Int
@@ -15,7 +15,7 @@ public struct SD3TransformerConfig: Decodable, Sendable, Equatable {
   let pooledProjectionDim: Int
   let posEmbedMaxSize: Int
   let qkNorm: String?
-  let dualAttentionLayers: [Int]?
+  var dualAttentionLayers: [Int]?
 
   /// Latent channels, in and out.
   public var channels: Int { inChannels ?? 16 }

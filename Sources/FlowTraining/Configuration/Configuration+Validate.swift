@@ -112,6 +112,9 @@ extension Configuration {
     }
     try require(
       0 <= ema.decay && ema.decay < 1, "ema.decay", "expected a number in [0, 1), got \(ema.decay.yamlText)")
+    try require(
+      network.memory == nil || network.memoryBytes != nil, "network.memory",
+      "expected a size such as 80GiB or 24GB, got \"\(network.memory ?? "")\"")
     if case .every(let n) = network.checkpointing {
       try atLeast(1, n, "network.checkpointing", "every:n counts blocks")
     }
@@ -127,6 +130,12 @@ extension Configuration {
     try atLeast(1, run.keep, "run.keep", "a run resumes from its newest checkpoint")
     try atLeast(0, run.samplesEvery, "run.samplesEvery", "0 writes none")
     try atLeast(0, run.evaluateEvery, "run.evaluateEvery", "0 makes none")
+    if let name = run.stopReward {
+      try require(
+        rewards.contains { $0.name == name }, "run.stopReward",
+        "expected one of the rewards (\(rewards.map(\.name).joined(separator: ", "))), got \"\(name)\"")
+      try require(run.evaluateEvery > 0, "run.stopReward", "needs evaluations: set run.evaluateEvery")
+    }
   }
 
   private func validateChunks() throws(ConfigurationError) {

@@ -349,6 +349,8 @@ extension Configuration {
     public var attention = Attention.auto
     /// Activations recomputed in the backward pass.
     public var checkpointing = Checkpointing.none
+    /// Memory to stay within, such as `80GiB`: the largest `optim.microBatch` that does is used; nil takes that given.
+    public var memory: String?
     /// How the frozen weights of the transformer's blocks are kept.
     public var weights = Weights.model
     /// How images go through the autoencoder.
@@ -424,6 +426,10 @@ extension Configuration {
     public var samplesEvery = 5
     /// Iterations between evaluations; 0 makes none.
     public var evaluateEvery = 10
+    /// Reward whose mean on the dev split ends the run early when it reaches ``stopAbove``; nil runs all iterations.
+    public var stopReward: String?
+    /// The mean that ``stopReward`` is to reach.
+    public var stopAbove = 0.0
     /// Every default.
     public init() {}
   }
@@ -449,6 +455,20 @@ extension Configuration.Sampling.Window: Configuration.Choice {
     case .all: "all"
     case .steps(let first, let last): "\(first)-\(last)"
     }
+  }
+}
+
+extension Configuration.Network {
+  /// ``memory`` in bytes; nil if there is none, or it cannot be read.
+  public var memoryBytes: Int? {
+    guard let memory else { return nil }
+    let units = ["KiB": 1024.0, "MiB": 1_048_576, "GiB": 1_073_741_824, "MB": 1e6, "GB": 1e9]
+    for (unit, size) in units where memory.hasSuffix(unit) {
+      let number = memory.dropLast(unit.count).trimmingCharacters(in: .whitespaces)
+      guard let value = Double(scalar: .init(number)), value > 0, value * size < 1e18 else { return nil }
+      return Int(value * size)
+    }
+    return nil
   }
 }
 

@@ -157,7 +157,8 @@ extension Configuration.Network: Configuration.Section {
   static var fields: [Configuration.Field<Self>] {
     [
       .init("dtype", \.dtype), .init("timeRounding", \.timeRounding), .init("attention", \.attention),
-      .init("checkpointing", \.checkpointing), .init("weights", \.weights), .init("vae", \.vae),
+      .init("checkpointing", \.checkpointing), .init("memory", \.memory), .init("weights", \.weights),
+      .init("vae", \.vae),
     ]
   }
 }
@@ -167,7 +168,8 @@ extension Configuration.Run: Configuration.Section {
     [
       .init("iterations", \.iterations), .init("checkpointEvery", \.checkpointEvery),
       .init("keep", \.keep), .init("samplesEvery", \.samplesEvery),
-      .init("evaluateEvery", \.evaluateEvery),
+      .init("evaluateEvery", \.evaluateEvery), .init("stopReward", \.stopReward),
+      .init("stopAbove", \.stopAbove),
     ]
   }
 }
