@@ -78,7 +78,7 @@ struct MemoryTests {
   @Test("attention and MLP of the blocks are quantised, what steers them is not; one byte a weight")
   func quantisedLayers() throws {
     let transformer = try FluxTransformer(folder: tiny.appending(path: "transformer"))
-    try transformer.modules.quantise(.int8, where: FluxTransformer.isQuantisable)
+    try transformer.modules.quantise(.int8, where: isQuantisable)
     let layers = transformer.modules.linears
     let kept = layers.filter { $0.value.weight.tensor.dtype == .float32 }.keys
     #expect(
