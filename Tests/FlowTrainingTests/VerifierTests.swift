@@ -153,9 +153,11 @@ struct VerifierTests {
   func vocabularies() throws {
     struct Source: Decodable {
       let prompts: [String]
-      let clip_ids, t5_ids: [[Int64]]
+      let clipIds, t5Ids: [[Int64]]
     }
-    let source = try JSONDecoder().decode(
+    let decoder = JSONDecoder()
+    decoder.keyDecodingStrategy = .convertFromSnakeCase
+    let source = try decoder.decode(
       Source.self, from: Data(contentsOf: parity.appending(path: "io/flux_text_prompts.json")))
     let scratch = try Scratch()
     let files = FileManager.default
@@ -163,7 +165,7 @@ struct VerifierTests {
       try files.createDirectory(at: scratch.path(folder), withIntermediateDirectories: true)
     }
     func row(_ named: String?, spoil: Bool = false) throws -> Verifier.Row {
-      let cases = zip(source.prompts, zip(source.clip_ids, source.t5_ids)).map {
+      let cases = zip(source.prompts, zip(source.clipIds, source.t5Ids)).map {
         ["prompt": $0, "clip77": $1.0, "t5": Array($1.1.prefix { $0 != 0 }) + (spoil ? [7] : [])]
           as [String: Any]
       }
