@@ -46,12 +46,14 @@ let package = Package(
       name: "CLI", dependencies: ["FlowTraining", "Pictures", argumentParser],
       path: "Sources/chunkgrpo"),
 
+    // What tests compare with diffusers and PEFT.
+    .target(name: "Peers", dependencies: ["FlowModels", "Torch"], path: "Tests/Peers"),
     .testTarget(name: "ChunkGRPOTests", dependencies: ["ChunkGRPO"]),
     .testTarget(name: "TorchTests", dependencies: ["Torch", "TorchNN"]),
     .testTarget(name: "PicturesTests", dependencies: ["Pictures"]),
-    .testTarget(name: "FlowModelsTests", dependencies: ["FlowModels"]),
+    .testTarget(name: "FlowModelsTests", dependencies: ["FlowModels", "Peers"]),
     .testTarget(name: "FlowRewardsTests", dependencies: ["FlowRewards"]),
-    .testTarget(name: "FlowTrainingTests", dependencies: ["FlowTraining"]),
+    .testTarget(name: "FlowTrainingTests", dependencies: ["FlowTraining", "Peers"]),
     .testTarget(name: "CLITests", exclude: ["Snapshots"]),
   ]
 )

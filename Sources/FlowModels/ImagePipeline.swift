@@ -63,6 +63,10 @@ public protocol TextEncoding: AnyObject {
 extension TextEncoding {
   /// The condition of one prompt: one row.
   public func encode(_ prompt: String) throws -> Condition { try encode(try tokens(prompt)) }
+  /// Throws, as loading would, where an encoder has no weights, a pickle, or files that are missing or cut off.
+  public func requireWeights() throws {
+    for folder in folders { _ = try Checkpoint(folder: folder, names: ["model"]) }
+  }
   /// Bytes of the encoders' weight files; nil unless every encoder has some.
   public var bytes: Int? {
     let sizes = folders.map(weightBytes)
@@ -151,7 +155,10 @@ extension ImagePipeline {
   /// Rows and columns of the token grid of an image.
   public func grid(height: Int, width: Int) throws -> TokenGrid {
     guard height > 0, width > 0, height % granularity == 0, width % granularity == 0 else {
-      throw ModelError("\(height) × \(width) pixels: this model takes multiples of \(granularity)")
+      let near = [height, width].map { max(1, ($0 + granularity / 2) / granularity) * granularity }
+      throw ModelError(
+        "\(height) × \(width) pixels: this model takes multiples of \(granularity), such as \(near[0]) × \(near[1])"
+      )
     }
     return (height / granularity, width / granularity)
   }

@@ -119,7 +119,8 @@ struct LoRAReader {
       }
       let (a, b) = (source.shape(down)!, source.shape(up)!)
       guard a.count == 2, b.count == 2, a[0] == b[1], a[0] > 0 else {
-        problems.append("\(path): A \(a) and B \(b): expected [rank, in] and [out, rank]")
+        problems.append(
+          "\(path): A \(a) and B \(b): expected [rank, in] and [out, rank] of one rank; export it again")
         continue
       }
       guard source.dtype(down)!.isFloatingPoint, source.dtype(up)!.isFloatingPoint else {

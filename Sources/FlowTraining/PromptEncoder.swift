@@ -24,7 +24,7 @@ public final class PromptEncoder {
     self.room = store == nil ? .max : room
   }
 
-  /// The encoder that `prompts.embeddings` asks for.
+  /// The encoder that `prompts.embeddings` asks for; without stored embeddings the encoders' weights must be there.
   convenience init(_ setting: String, _ text: any TextEncoding, device: Device) throws {
     let store: EmbeddingStore? =
       switch setting {
@@ -32,6 +32,8 @@ public final class PromptEncoder {
       case "auto": text.bytes ?? 0 > 1 << 28 ? try .cached(for: text) : nil
       default: try EmbeddingStore(URL(filePath: setting), for: text)
       }
+    // Read later, but missed now: before a run has made its folder.
+    if store == nil { try text.requireWeights() }
     self.init(text, store: store, device: device)
   }
 

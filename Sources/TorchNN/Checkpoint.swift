@@ -76,7 +76,10 @@ public final class Checkpoint {
         for (key, shard) in map {
           guard files[number[shard]!].shape(key) != nil else {
             throw CheckpointError(
-              path: index.path, problems: ["the index places \(key) in \(shard), which does not hold it"])
+              path: index.path,
+              problems: [
+                "the index places \(key) in \(shard), which does not hold it: fetch both again, of one revision"
+              ])
           }
           location[key] = number[shard]!
         }

@@ -65,12 +65,10 @@ enum AdapterArgument {
     guard FileManager.default.fileExists(atPath: url.path) else {
       throw RunError("\(path): no such adapter, checkpoint or run")
     }
-    for folder in [url, url.appending(path: "adapter")] {
-      let whole = folder.appending(path: "diffusion_pytorch_model.safetensors")
-      guard FileManager.default.fileExists(atPath: whole.path) else { continue }
+    if let whole = ModelMerge.trainedTransformer(url) {
       throw RunError(
-        "\(path): trained in full (trainable.kind: full), there is no adapter; \(folder.path) is a "
-          + "transformer folder in diffusers' layout already")
+        "\(path): trained in full (trainable.kind: full), there is no adapter; \(whole.path) is a transformer "
+          + "folder in diffusers' layout already, and merge writes a whole model folder with it")
     }
     let file = try LoRAFile(url)
     try file.requireUsable()

@@ -5,10 +5,11 @@ import Foundation
 
 struct Merge: ParsableCommand {
   static let configuration = CommandConfiguration(
-    abstract: "Write a model folder with an adapter added to its weights for good.",
+    abstract: "Write a model folder with what was trained in its weights for good.",
     discussion: """
-      Keeps the model's dtypes and files. One tensor at a time is in memory;
-      weights of other parts are hard-linked where possible.
+      An adapter is added to the weights; those of a run with trainable.kind: full
+      replace the transformer's. Keeps the model's dtypes and files. One tensor at
+      a time is in memory; weights of other parts are hard-linked where possible.
 
       Example:
         chunkgrpo merge Models/flux-mini runs/a -o Models/mine
@@ -16,8 +17,10 @@ struct Merge: ParsableCommand {
 
   @Argument(help: "The model folder.")
   var model: String
-  @Argument(help: "A run, a checkpoint, a LoRA file or a PEFT folder.")
-  var adapter: String
+  @Argument(
+    help: "A run, a checkpoint, a LoRA file, a PEFT folder, or a transformer folder that was trained in full."
+  )
+  var trained: String
   @Option(help: "Factor on the adapter's own scale.")
   var scale = 1.0
   @Option(
@@ -33,23 +36,36 @@ struct Merge: ParsableCommand {
   }
 
   func run() throws {
-    let file = try AdapterArgument.open(adapter)
-    Interruption.watch()
     let target = URL(filePath: output)
-    let report = try ModelMerge.merge(URL(filePath: model), file, scale: scale, to: target) {
-      name, done, count in
+    let base = URL(filePath: model)
+    let whole = ModelMerge.trainedTransformer(URL(filePath: trained))
+    guard whole == nil || scale == 1 else {
+      throw RunError("--scale: \(trained) was trained in full, there is no adapter to scale; drop --scale")
+    }
+    func progress(_ name: String, _ done: Int, _ count: Int) throws {
       try Interruption.check()
       Terminal.status("\(name): \(done)/\(count) tensors")
     }
+    let file = try whole == nil ? AdapterArgument.open(trained) : nil
+    Interruption.watch()
+    let report =
+      if let whole {
+        try ModelMerge.replace(base, by: whole, to: target, progress: progress)
+      } else {
+        try ModelMerge.merge(base, file!, scale: scale, to: target, progress: progress)
+      }
     Terminal.clearLine()
-    for name in report.leftOut { Terminal.line("left out, as it holds weights without the adapter: \(name)") }
+    for name in report.leftOut { Terminal.line("left out, as it holds untrained weights: \(name)") }
     if json {
-      struct Result: Encodable { let output: String, layers: Int, files, leftOut: [String] }
-      print(
-        try Terminal.json(
-          Result(output: target.path, layers: report.layers, files: report.shards, leftOut: report.leftOut)))
+      struct Result: Encodable { let output: String, layers, replaced: Int, files, leftOut: [String] }
+      let result = Result(
+        output: target.path, layers: report.layers, replaced: report.replaced, files: report.shards,
+        leftOut: report.leftOut)
+      print(try Terminal.json(result))
     } else {
-      print("\(target.path): adapter added to \(report.layers) layers in \(report.shards.count) files")
+      let done =
+        whole == nil ? "adapter added to \(report.layers) layers" : "\(report.replaced) tensors replaced"
+      print("\(target.path): \(done) in \(report.shards.count) files")
     }
   }
 }

@@ -10,6 +10,10 @@ struct Verify: ParsableCommand {
       model folders they name. Exit code 1 if a row fails, 2 if the folder holds
       nothing this build knows.
 
+      tokens_real_vocab needs the published vocabularies: FOLDER/vocabularies/clip
+      (vocab.json, merges.txt) and FOLDER/vocabularies/t5 (spiece.model), or clip
+      and t5 in the folder that the variable CHUNKGRPO_VOCABULARIES names.
+
       Example:
         chunkgrpo verify Models/flux-mini
       """)

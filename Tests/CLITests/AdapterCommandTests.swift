@@ -123,6 +123,34 @@ struct AdapterCommandTests {
     #expect(drawn.out.contains("1 image"))
   }
 
+  // Oracle: the picture of the model with the trained weights loaded into it: the same bits, as both are float32.
+  @Test("merge a run that was trained in full: a model folder of the same layout that draws with its weights")
+  func mergeFull() throws {
+    try scratch.configure()
+    try scratch.train("config.yaml", "--set", "trainable.kind=full")
+    let object = try run("merge", Tool.fluxTiny.path, "run", "-o", "m", "--json").json()
+    let parts = try #require(try run("inspect", "m", "--json").json()["parts"] as? [[String: Any]])
+    #expect(object["replaced"] as? Int == (try self.object(parts[2]["tensors"]))["count"] as? Int)
+    #expect((object["files"] as? [String])?.count == 2 && object["layers"] as? Int == 0)
+    let (before, after) = (try run("inspect", Tool.fluxTiny.path).out, try run("inspect", "m").out)
+    #expect(before.split(separator: "\n").dropFirst() == after.split(separator: "\n").dropFirst())
+    _ = try run("merge", Tool.fluxTiny.path, "run/checkpoints/iteration-000002", "-o", "c")
+    for (name, model) in [
+      ("a.png", [Tool.fluxTiny.path, "--adapter", "run/adapter"]), ("b.png", ["m"]), ("c.png", ["c"]),
+      ("d.png", [Tool.fluxTiny.path]),
+    ] {
+      let drawn = try Tool.run(
+        ["sample"] + model + [
+          "--prompt", "a cat", "--steps", "2", "--height", "32", "--width", "48", "-o", name,
+        ],
+        in: scratch)
+      try #require(drawn.status == 0, "\(drawn.err)")
+    }
+    #expect(try scratch.data("a.png") == scratch.data("b.png"))
+    #expect(try scratch.data("a.png") == scratch.data("c.png"))
+    #expect(try scratch.data("a.png") != scratch.data("d.png"))
+  }
+
   // Oracle: 16 · Σ (in + out). Attention 32 → 32: 8 in each of 2 double blocks, 3 in each of 2 single ones.
   // MLP: four of 32 ↔ 128 in a double block; 32 → 128 and 160 → 32 in a single one.
   @Test(
@@ -194,6 +222,37 @@ struct AdapterCommandTests {
       what: "merge with no effect",
       arguments: ["merge", Tool.fluxTiny.path, adapter, "-o", "out", "--scale", "0"],
       words: ["--scale", "other than 0"], status: 64),
+    Mistake(
+      what: "merge a full fine-tuning of another model",
+      arguments: ["merge", Tool.fluxMini.path, Tool.fluxTiny.path + "/transformer", "-o", "out"],
+      words: [
+        "flux-tiny/transformer/config.json", "attention_head_dim: expected 32", "got 16",
+        "name the model that was trained",
+      ]),
+    Mistake(
+      what: "merge part of a full fine-tuning",
+      arguments: [
+        "merge", Tool.fluxTiny.path, Tool.fluxTiny.path + "/transformer", "-o", "out", "--scale", "0.5",
+      ], words: ["--scale", "trained in full", "drop --scale"]),
+    Mistake(
+      what: "merge a pickle", arguments: ["merge", Tool.fluxTiny.path, "p", "-o", "out"],
+      words: ["p/pytorch_lora_weights.bin: a pickle", "convert it", "weights_only=True"],
+      prepare: { try $0.write("x", to: "p/pytorch_lora_weights.bin") }),
+    Mistake(
+      what: "merge factors of two ranks", arguments: ["merge", Tool.fluxTiny.path, "p", "-o", "out"],
+      words: [
+        "p/pytorch_lora_weights.safetensors: single_transformer_blocks.0.attn.to_q: A [8, 16] and B [32, 4]",
+        "expected [rank, in] and [out, rank] of one rank", "export it again",
+      ],
+      prepare: { scratch in
+        try scratch.copy(URL(filePath: adapter), to: "p")
+        try editSafetensors(scratch["p/pytorch_lora_weights.safetensors"]) { header, _ in
+          let key = "transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight"
+          var entry = try #require(header[key] as? [String: Any])
+          entry["shape"] = [8, 16]
+          header[key] = entry
+        }
+      }),
     Mistake(
       what: "merge into no folder", arguments: ["merge", Tool.fluxTiny.path, adapter, "-o", "no/out"],
       words: ["/no: cannot be written", "choose another"]),

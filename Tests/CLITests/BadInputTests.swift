@@ -36,10 +36,59 @@ struct Mistake: Sendable, CustomTestStringConvertible {
 @Suite("bad input")
 struct BadInputTests {
   static let shard = "model/transformer/diffusion_pytorch_model-00001-of-00002.safetensors"
+  static let index = "model/transformer/diffusion_pytorch_model.safetensors.index.json"
+
+  /// Changes `text` in the file `name` beside `shard`.
+  private static func replace(_ text: String, by other: String, in shard: URL, _ name: String) throws {
+    let file = shard.deletingLastPathComponent().appending(path: name).standardizedFileURL
+    let stored = try String(contentsOf: file, encoding: .utf8)
+    let changed = stored.replacingOccurrences(of: text, with: other)
+    try #require(changed != stored)
+    try changed.write(to: file, atomically: true, encoding: .utf8)
+  }
 
   static let models: [Mistake] = [
-    .model("a weight file is missing", words: [shard, "No such file"]) {
+    .model(
+      "a pipeline of another class",
+      words: ["model/model_index.json", "PixArtSigmaPipeline", "FluxPipeline or StableDiffusion3Pipeline"]
+    ) {
+      try replace("FluxPipeline", by: "PixArtSigmaPipeline", in: $0, "../model_index.json")
+    },
+    .model(
+      "a weight file is missing",
+      words: [index, "1 of 2 shards are missing", "model-00001-of-00002.safetensors", "fetch"]
+    ) {
       try FileManager.default.removeItem(at: $0)
+    },
+    .model(
+      "an index names a key that its shard does not hold",
+      words: [index, "context_embedder.bios", "model-00001-of-00002.safetensors", "fetch both again"]
+    ) {
+      try replace(
+        "context_embedder.bias", by: "context_embedder.bios", in: $0,
+        "diffusion_pytorch_model.safetensors.index.json")
+    },
+    .model(
+      "a transformer as a pickle",
+      words: [
+        "model/transformer: no weights", "diffusion_pytorch_model.bin is a pickle", "weights_only=True",
+        "'diffusion_pytorch_model.safetensors'",
+      ]
+    ) { shard in
+      let folder = shard.deletingLastPathComponent()
+      for name in try FileManager.default.contentsOfDirectory(atPath: folder.path) where name != "config.json"
+      {
+        try FileManager.default.removeItem(at: folder.appending(path: name))
+      }
+      try Data("x".utf8).write(to: folder.appending(path: "diffusion_pytorch_model.bin"))
+    },
+    .model(
+      "a text encoder as a pickle",
+      words: ["model/text_encoder: no weights", "pytorch_model.bin is a pickle", "'model.safetensors'"]
+    ) { shard in
+      let folder = shard.deletingLastPathComponent().appending(path: "../text_encoder").standardizedFileURL
+      try FileManager.default.moveItem(
+        at: folder.appending(path: "model.safetensors"), to: folder.appending(path: "pytorch_model.bin"))
     },
     .model("a weight file is cut off", words: [shard, "truncated", "fetch it again"]) {
       try Data(contentsOf: $0).prefix(100_000).write(to: $0)
@@ -65,7 +114,7 @@ struct BadInputTests {
     .train("no model there", "model=nowhere", words: ["nowhere", "model folder"]),
     .train(
       "a size that the model cannot take", "sampling.height=40",
-      words: ["40 × 48", "multiples of 16"]),
+      words: ["40 × 48", "multiples of 16", "such as 48 × 48"]),
   ]
 
   static let configurations: [Mistake] = [
@@ -158,6 +207,18 @@ struct BadInputTests {
         Tool.root.appending(path: "Tests/Fixtures/parity/flux-lora-tiny").path,
       ], words: ["pytorch_lora_weights.safetensors", "do not fit"]),
     Mistake(
+      what: "sample with an adapter of another architecture",
+      arguments: [
+        "sample", Tool.root.appending(path: "Tests/Fixtures/parity/sd3-tiny").path, "--prompt", "a cat", "-o",
+        "a.png", "--adapter", Tool.root.appending(path: "Tests/Fixtures/parity/flux-lora-tiny").path,
+      ],
+      words: ["of 30 layers are not in this model", "the adapter is for FLUX.1, the model is SD3"]),
+    Mistake(
+      what: "sample with a pickle",
+      arguments: ["sample", Tool.fluxTiny.path, "--prompt", "a cat", "-o", "a.png", "--adapter", "a.pt"],
+      words: ["a.pt: a pickle", "convert it", "torch.load('a.pt', weights_only=True)"],
+      prepare: { try $0.write("x", to: "a.pt") }),
+    Mistake(
       what: "sample an adapter that names no model",
       arguments: [
         "sample", Tool.root.appending(path: "Tests/Fixtures/parity/flux-lora-tiny").path, "--prompt", "a cat",
@@ -185,6 +246,21 @@ struct BadInputTests {
     for word in mistake.words { #expect(message.contains(word), "\(word): \(message)") }
     let after = scratch.listing()
     #expect(after == before, "\(Set(after.keys).symmetricDifference(before.keys))")
+  }
+
+  @Test("prompts longer than the text encoders' limit: counted, with the text that is lost")
+  func longPrompts() throws {
+    let scratch = try Scratch()
+    try scratch.write("a cat\na photo of two dogs and a bird\na photo of three red boats\n", to: "p.txt")
+    // Oracle: a limit of 8 tokens leaves room for a few of these words and not for their last.
+    let result = try Tool.run(
+      ["encode", Tool.fluxTiny.path, "--prompts", "p.txt", "-o", "e", "--length", "8"], in: scratch)
+    #expect(result.status == 0)
+    let lines = result.err.split(separator: "\n")
+    #expect(lines.count == 1 && lines[0].hasPrefix("warning: 2 prompts exceed"), "\(result.err)")
+    let loses = try #require(lines.first?.components(separatedBy: " loses ").last)
+    #expect(loses.hasSuffix("bird\"") || loses.hasSuffix("boats\""), "\(result.err)")
+    #expect(result.out.contains("3 prompts, 3 new"))
   }
 
   @Test("a checkpoint cut off in the middle: the one before is used, and that is said")

@@ -13,6 +13,9 @@ struct GoodInputTests {
   }
 
   private func succeed(_ arguments: String..., environment: [String: String]? = nil) throws -> Tool.Result {
+    try succeed(arguments, environment: environment)
+  }
+  private func succeed(_ arguments: [String], environment: [String: String]? = nil) throws -> Tool.Result {
     let result = try Tool.run(arguments, in: scratch, environment: environment)
     try #require(result.status == 0, "\(arguments): \(result.err)")
     return result
@@ -289,5 +292,41 @@ struct GoodInputTests {
     try FileManager.default.removeItem(at: scratch["model/text_encoder_2/model.safetensors"])
     _ = try succeed(
       "train", "config.yaml", "--set", "prompts={file: list.txt, split: all, embeddings: embeddings}")
+  }
+
+  // Oracle: the same commands on the folder that the cache was made of.
+  @Test("a snapshot in the hub's cache, links to blobs without extension, is a model folder like any other")
+  func hubCache() throws {
+    let model = try scratch.hubCache(of: Tool.fluxTiny)
+    let adapter = try scratch.hubCache(of: Tool.root.appending(path: "Tests/Fixtures/parity/flux-lora-tiny"))
+    #expect(adapter == model)  // one snapshot holds both: a LoRA file beside the model's folders
+    let (linked, real) = (scratch.path(model), Tool.fluxTiny.path)
+    let lora = "\(linked)/pytorch_lora_weights.safetensors"
+    func same(_ arguments: (_ model: String) -> [String]) throws {
+      // The first line names the folder.
+      let outputs = try [linked, real].map {
+        try succeed(arguments($0)).out.split(separator: "\n").dropFirst()
+      }
+      #expect(outputs[0] == outputs[1] && !outputs[0].isEmpty)
+    }
+    try same { ["train", "config.yaml", "--dry-run", "--set", "model=\($0)"] }
+    try same { ["inspect", $0] }
+    #expect(try succeed("inspect", lora, "--model", linked).out.contains("applies whole"))
+    let draw = ["--prompt", "a cat", "--steps", "1", "--height", "32", "--width", "48", "--adapter", lora]
+    let prompts = ["--prompts", "prompts.jsonl", "--length", "16"]
+    for (name, folder) in [("linked", linked), ("real", real)] {
+      _ = try succeed(["sample", folder, "-o", "\(name).png"] + draw)
+      _ = try succeed(["encode", folder, "-o", "embeddings-\(name)"] + prompts)
+      _ = try succeed(["merge", folder, lora, "-o", "merged-\(name)"])
+    }
+    #expect(try scratch.data("linked.png") == scratch.data("real.png"))
+    #expect(scratch.listing("embeddings-linked") == scratch.listing("embeddings-real"))
+    // The adapter lies beside model_index.json: merging leaves it out, as it is in the weights now.
+    #expect(scratch.listing("merged-linked") == scratch.listing("merged-real"))
+    for name in scratch.listing("merged-linked").keys {
+      let path = scratch.path("merged-linked/\(name)")
+      let type = try FileManager.default.attributesOfItem(atPath: path)[.type]
+      #expect(type as? FileAttributeType != .typeSymbolicLink, "\(name)")
+    }
   }
 }

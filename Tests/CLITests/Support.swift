@@ -145,6 +145,29 @@ final class Scratch {
     try FileManager.default.copyItem(at: source, to: self[path])
   }
 
+  /// `source` as the Hugging Face hub caches it: links in `snapshots/REVISION/…` to `blobs/HASH`, whose names
+  /// have no extension. Returns the snapshot's path.
+  func hubCache(of source: URL) throws -> String {
+    let snapshot = "hub/models--maker--tiny/snapshots/0123abc"
+    let files = FileManager.default
+    let blobs = path("hub/models--maker--tiny/blobs")
+    var count = ((try? files.contentsOfDirectory(atPath: blobs)) ?? []).count
+    for case let name as String in files.enumerator(atPath: source.path) ?? .init() {
+      var isFolder: ObjCBool = false
+      _ = files.fileExists(atPath: source.appending(path: name).path, isDirectory: &isFolder)
+      if isFolder.boolValue { continue }
+      let blob = String(count + 0xAB_C000, radix: 16)
+      try write(
+        try Data(contentsOf: source.appending(path: name)), to: "hub/models--maker--tiny/blobs/\(blob)")
+      let link = self["\(snapshot)/\(name)"]
+      try files.createDirectory(at: link.deletingLastPathComponent(), withIntermediateDirectories: true)
+      let up = String(repeating: "../", count: 1 + name.split(separator: "/").count)
+      try files.createSymbolicLink(atPath: link.path, withDestinationPath: "\(up)blobs/\(blob)")
+      count += 1
+    }
+    return snapshot
+  }
+
   /// Writes `config.yaml` for the smallest run there is, into `run`, and the prompts it names.
   func configure(_ name: String = "config.yaml", model: URL = Tool.fluxTiny, settings: String = "") throws {
     let size = model == Tool.fluxMini ? "guidance: null, height: 64, width: 64" : "height: 32, width: 48"

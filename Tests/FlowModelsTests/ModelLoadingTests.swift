@@ -179,11 +179,14 @@ struct ModelLoadingTests {
   }
 
   @Test(
-    "sizes that are not multiples of a token", arguments: [(40, 64), (64, 40), (0, 64), (64, -16), (8, 8)])
-  func resolution(_ height: Int, _ width: Int) throws {
+    "sizes that are not multiples of a token, and the nearest that are",
+    arguments: [
+      (40, 64, "48 × 64"), (64, 39, "64 × 32"), (0, 64, "16 × 64"), (64, -16, "64 × 16"), (8, 8, "16 × 16"),
+    ])
+  func resolution(_ height: Int, _ width: Int, _ near: String) throws {
     let pipeline = try ImagePipelines.load(model)
     let text = message { _ = try pipeline.grid(height: height, width: width) }
-    #expect(text == "\(height) × \(width) pixels: this model takes multiples of 16")
+    #expect(text == "\(height) × \(width) pixels: this model takes multiples of 16, such as \(near)")
     #expect(try pipeline.grid(height: 32, width: 48) == (2, 3))
   }
 

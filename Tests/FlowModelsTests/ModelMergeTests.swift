@@ -166,4 +166,102 @@ struct ModelMergeTests {
     #expect(text.contains("does not hold it") || text.contains("1 of 30 layers are not in this model"))
     #expect(try files(scratch.url) == before)
   }
+
+  // MARK: - full fine-tuning
+
+  /// A transformer folder as a run writes it: every tensor of `model` in float32, moved by `change`.
+  private func trained(
+    _ model: URL, _ change: (inout [String: Tensor]) throws -> Void = { _ in }
+  ) throws -> URL {
+    let (part, folder) = (model.appending(path: "transformer"), scratch.path("trained"))
+    try? FileManager.default.removeItem(at: folder)
+    try FileManager.default.createDirectory(at: folder, withIntermediateDirectories: true)
+    try FileManager.default.copyItem(
+      at: part.appending(path: "config.json"), to: folder.appending(path: "config.json"))
+    var tensors: [String: Tensor] = [:]
+    for shard in try Checkpoint(folder: part).shards {
+      for key in shard.names { tensors[key] = try shard.require(key).to(.float32) + 0.001 }
+    }
+    try change(&tensors)
+    try Safetensors.write(tensors, to: folder.appending(path: "diffusion_pytorch_model.safetensors"))
+    return folder
+  }
+
+  // Oracle: the trained values, rounded by PyTorch's own conversion.
+  @Test("trained weights replace the model's: every value, in the model's dtype, files and index")
+  func replacement() throws {
+    let model = try scratch.model()
+    let shard = "transformer/diffusion_pytorch_model-00002-of-00002.safetensors"
+    try rewrite(model.appending(path: shard)) { tensors in
+      for (key, tensor) in tensors { tensors[key] = try tensor.to(.bfloat16) }
+    }
+    let folder = try trained(model)
+    let out = scratch.path("replaced")
+    let report = try ModelMerge.replace(model, by: folder, to: out)
+    let weights = try SafetensorsFile(folder.appending(path: "diffusion_pytorch_model.safetensors"))
+    #expect(report.replaced == weights.names.count && report.layers == 0 && report.shards.count == 2)
+    #expect(try files(out) == files(model))
+    for name in report.shards {
+      let before = try SafetensorsFile(model.appending(path: "transformer/\(name)"))
+      let after = try SafetensorsFile(out.appending(path: "transformer/\(name)"))
+      #expect(after.names == before.names && after.metadata == before.metadata)
+      for key in before.names {
+        let (old, new) = (try before.require(key), try after.require(key))
+        #expect(new.dtype == old.dtype && new.dtype == (shard.hasSuffix(name) ? .bfloat16 : .float32))
+        #expect(try new.bytes() == weights.require(key).to(old.dtype).bytes(), "\(key)")
+      }
+    }
+    // The folder itself, its file, and the run around it name the same.
+    for named in [folder, folder.appending(path: "diffusion_pytorch_model.safetensors")] {
+      #expect(ModelMerge.trainedTransformer(named)?.path == folder.path)
+    }
+    try FileManager.default.moveItem(at: folder, to: scratch.path("adapter"))
+    #expect(ModelMerge.trainedTransformer(scratch.url)?.path == scratch.path("adapter").path)
+    #expect(ModelMerge.trainedTransformer(model) == nil)
+  }
+
+  @Test("weights that are not this model's, or not numbers, are refused and nothing is written")
+  func replacementRefused() throws {
+    let model = try scratch.model()
+    let key = "context_embedder.weight"
+    func text(_ words: [String], _ change: (inout [String: Tensor]) throws -> Void) throws {
+      let folder = try trained(model, change)
+      let before = try files(scratch.url)
+      let text = message { _ = try ModelMerge.replace(model, by: folder, to: scratch.path("out")) }
+      for word in words { #expect(text.contains(word), "\(word): \(text)") }
+      #expect(try files(scratch.url) == before)
+    }
+    try text(["trained: does not fit", "1 tensors of the model are missing (\(key))"]) { $0[key] = nil }
+    try text(["1 tensors are not in the model (extra)"]) { $0["extra"] = try Tensor([1.0]) }
+    try text(["\(key): expected [32, 32], got [32]", "name the model that was trained"]) {
+      $0[key] = try Tensor.zeros([32])
+    }
+    try text(["\(key): NaN or infinite values", "earlier checkpoint"]) {
+      $0[key] = try Tensor.zeros([32, 32]) * .nan
+    }
+    let folder = try trained(model)
+    let config = folder.appending(path: "config.json")
+    let stored = try String(contentsOf: config, encoding: .utf8)
+    try stored.replacingOccurrences(of: "\"num_layers\": 2", with: "\"num_layers\": 3")
+      .write(to: config, atomically: true, encoding: .utf8)
+    func replace() -> String {
+      message { _ = try ModelMerge.replace(model, by: folder, to: scratch.path("out")) }
+    }
+    #expect(replace().contains("config.json: num_layers: expected 2 as in"))
+    try FileManager.default.removeItem(at: config)
+    #expect(replace().contains("config.json: missing or not a JSON object"))
+    // Versions and paths are no difference.
+    try stored.replacingOccurrences(of: "\"_diffusers_version\": \"", with: "\"_diffusers_version\": \"9")
+      .write(to: config, atomically: true, encoding: .utf8)
+    for name in try files(model.appending(path: "transformer")) where name.hasSuffix(".safetensors") {
+      try rewrite(model.appending(path: "transformer/\(name)")) { tensors in
+        for (key, tensor) in tensors { tensors[key] = try tensor.to(.float16) }
+      }
+    }
+    try rewrite(folder.appending(path: "diffusion_pytorch_model.safetensors")) {
+      $0[key] = try Tensor.zeros([32, 32]) + 1e6
+    }
+    #expect(replace().contains("\(key): has values beyond the range of float16"))
+    #expect(!FileManager.default.fileExists(atPath: scratch.path("out").path))
+  }
 }

@@ -147,6 +147,51 @@ struct VerifierTests {
     #expect(report.rows[0].id == "new_model" && report.rows[0].error == nil && report.rows[0].note != nil)
   }
 
+  // Oracle: ids of transformers 5.23 and sentencepiece in flux_text_prompts.json, with flux-tiny's vocabularies
+  // in the place of the published ones.
+  @Test("vocabularies: the folder's own, or those that the environment names; neither is unsupported")
+  func vocabularies() throws {
+    struct Source: Decodable {
+      let prompts: [String]
+      let clipIds, t5Ids: [[Int64]]
+    }
+    let decoder = JSONDecoder()
+    decoder.keyDecodingStrategy = .convertFromSnakeCase
+    let source = try decoder.decode(
+      Source.self, from: Data(contentsOf: parity.appending(path: "io/flux_text_prompts.json")))
+    let scratch = try Scratch()
+    let files = FileManager.default
+    for folder in ["data/io", "named"] {
+      try files.createDirectory(at: scratch.path(folder), withIntermediateDirectories: true)
+    }
+    func row(_ named: String?, spoil: Bool = false) throws -> Verifier.Row {
+      let cases = zip(source.prompts, zip(source.clipIds, source.t5Ids)).map {
+        ["prompt": $0, "clip77": $1.0, "t5": Array($1.1.prefix { $0 != 0 }) + (spoil ? [7] : [])]
+          as [String: Any]
+      }
+      try JSONSerialization.data(withJSONObject: cases)
+        .write(to: scratch.path("data/io/tokens_real_vocab.json"))
+      let environment = named.map { [Verifier.vocabulariesVariable: scratch.path($0).path] } ?? [:]
+      let report = try #require(
+        try Verifier.run(scratch.path("data"), environment: environment))
+      return try #require(report.rows.first)
+    }
+    for named in [nil, "named"] {
+      let empty = try row(named)
+      #expect(empty.status == .unsupported && empty.note?.contains("CHUNKGRPO_VOCABULARIES") == true)
+      #expect(empty.note?.contains("/named") == (named != nil))
+    }
+    for (name, part) in [("clip", "tokenizer"), ("t5", "tokenizer_2")] {
+      try files.createSymbolicLink(
+        at: scratch.path("named/\(name)"), withDestinationURL: tiny.appending(path: part))
+    }
+    #expect(try row(nil).status == .unsupported)
+    #expect(try row("named").status == .pass)
+    #expect(try row("named", spoil: true).error == Double(source.prompts.count))
+    try files.moveItem(at: scratch.path("named"), to: scratch.path("data/vocabularies"))
+    #expect(try row(nil).status == .pass)
+  }
+
   // MARK: - what must not pass
 
   /// A folder with the file `name` of `from`, changed, and links to everything it refers to.

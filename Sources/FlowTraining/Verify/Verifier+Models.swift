@@ -219,20 +219,22 @@ extension Verifier {
       "tokens t5 (\(ours.count) prompts)", error: Double(t5Misses), tolerance: 0, note: "prompts that differ")
   }
 
-  /// Token ids by the published vocabularies, where the folder brings them along.
+  /// Token ids by the published vocabularies, the folder's own or those of ``vocabulariesVariable``.
   static func realTokens(_ v: inout Verifier) throws {
     struct Case: Decodable {
       let prompt: String
       let clip77: [Int64]?
       let t5: [Int64]
     }
-    let files = FileManager.default
-    let (clipFolder, t5Folder) = (
-      v.folder.appending(path: "vocabularies/clip"), v.folder.appending(path: "vocabularies/t5")
-    )
-    guard files.fileExists(atPath: clipFolder.path), files.fileExists(atPath: t5Folder.path) else {
+    let places = [v.folder.appending(path: "vocabularies"), v.vocabularies].compactMap { $0 }
+    func find(_ name: String) -> URL? {
+      places.map { $0.appending(path: name) }.first { FileManager.default.fileExists(atPath: $0.path) }
+    }
+    guard let clipFolder = find("clip"), let t5Folder = find("t5") else {
+      let searched = places.map(\.path).joined(separator: " and ")
       v.unsupported(
-        "tokens_real_vocab", "the folder has no vocabularies/clip and vocabularies/t5 to tokenize with")
+        "tokens_real_vocab",
+        "no clip and t5 to tokenize with in \(searched); \(vocabulariesVariable) names a folder of them")
       return
     }
     let cases = try JSONDecoder().decode(

@@ -44,21 +44,30 @@ public struct Verifier {
     public let passed, failed, unsupported: Int
   }
 
+  /// The environment variable that names a folder with the published vocabularies, `clip` and `t5`.
+  public static let vocabulariesVariable = "CHUNKGRPO_VOCABULARIES"
+
   let folder: URL
   let io: URL
+  /// Where vocabularies are that the folder does not bring along.
+  let vocabularies: URL?
   private(set) var rows: [Row] = []
   private var pipelines: [String: any ImagePipeline] = [:]
 
   /// Checks everything known in `folder`.
   ///
+  /// - Parameter environment: where ``vocabulariesVariable`` is looked up.
   /// - Returns: nil if the folder holds nothing this build knows.
-  public static func run(_ folder: URL) throws -> Report? {
+  public static func run(
+    _ folder: URL, environment: [String: String] = ProcessInfo.processInfo.environment
+  ) throws -> Report? {
     var isFolder: ObjCBool = false
     guard FileManager.default.fileExists(atPath: folder.path, isDirectory: &isFolder), isFolder.boolValue
     else {
       throw RunError("\(folder.path): no such folder")
     }
-    var verifier = Verifier(folder: folder, io: folder.appending(path: "io"))
+    let named = environment[vocabulariesVariable].flatMap { $0.isEmpty ? nil : URL(filePath: $0) }
+    var verifier = Verifier(folder: folder, io: folder.appending(path: "io"), vocabularies: named)
     try verifier.runAll()
     guard !verifier.rows.isEmpty else { return nil }
     func count(_ status: Row.Status) -> Int { verifier.rows.filter { $0.status == status }.count }
