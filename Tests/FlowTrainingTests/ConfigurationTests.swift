@@ -174,6 +174,26 @@ struct ConfigurationTests {
     #expect(text.contains("  targets: [to_q, to_k, to_v, to_out.0]\n"))
   }
 
+  @Test("every preset and example is valid and headed by command, hardware, memory and time")
+  func presets() throws {
+    let files = FileManager.default
+    let presets = try files.contentsOfDirectory(atPath: root.appending(path: "Presets").path).sorted()
+    #expect(
+      presets == [
+        "flux1-dev-24gb.yaml", "flux1-dev.yaml", "flux1-schnell.yaml", "sd3.5-large.yaml",
+        "sd3.5-medium.yaml",
+      ])
+    for name in presets {
+      let file = root.appending(path: "Presets/\(name)")
+      try Configuration.load(file: file).validate()
+      let text = try String(contentsOf: file, encoding: .utf8)
+      for part in ["# chunkgrpo train Presets/\(name)", "# Hardware:", "Memory:", "# Time:"] {
+        #expect(text.contains(part), "\(name): \(part)")
+      }
+    }
+    try Configuration.load(file: root.appending(path: "Examples/demo.yaml")).validate()
+  }
+
   @Test("the YAML keys are those of Codable")
   func keysMatchCodable() throws {
     // An absent option would be left out.

@@ -102,6 +102,45 @@ struct FullWidthBenchmark {
     )
   }
 
+  /// Estimates by the published configurations; text encoders, which are not there, come on top while encoding.
+  @Test(
+    "memory of the presets",
+    arguments: ["flux1-dev", "flux1-dev-24gb", "flux1-schnell", "sd3.5-medium", "sd3.5-large"])
+  func presets(_ name: String) throws {
+    let flux = name.hasPrefix("flux")
+    let transformer =
+      ["flux1-dev": "flux1-dev", "flux1-dev-24gb": "flux1-dev", "flux1-schnell": "flux1-schnell"][name]
+      ?? name.replacingOccurrences(of: ".", with: "")
+    let model = scratch.path(name)
+    func add(_ part: String, _ published: String) throws {
+      let found = try #require(PublishedModel.all.first { $0.name == published })
+      try FileManager.default.createDirectory(
+        at: model.appending(path: part), withIntermediateDirectories: true)
+      try Data(found.configuration.utf8).write(to: model.appending(path: "\(part)/config.json"))
+    }
+    try add("transformer", "\(transformer).transformer")
+    try add("vae", "flux-sd3.vae")
+    try add("text_encoder", flux ? "clip-l.text(flux)" : "clip-l.text_proj(sd3)")
+    try add(flux ? "text_encoder_2" : "text_encoder_3", "t5-v1_1-xxl.encoder")
+    if !flux { try add("text_encoder_2", "clip-g.text_proj(sd3)") }
+    let tiny = parity.appending(path: flux ? "flux-tiny" : "sd3-tiny")
+    for part in ["tokenizer", "tokenizer_2"] + (flux ? [] : ["tokenizer_3"]) {
+      try FileManager.default.copyItem(at: tiny.appending(path: part), to: model.appending(path: part))
+    }
+    let pipeline = flux ? "FluxPipeline" : "StableDiffusion3Pipeline"
+    try Data(#"{"_class_name": "\#(pipeline)"}"#.utf8).write(to: model.appending(path: "model_index.json"))
+    try Data("a cat\n".utf8).write(to: scratch.path("prompts.txt"))
+    var c = try Configuration.load(file: root.appending(path: "Presets/\(name).yaml"))
+    (c.model, c.prompts.file) = (model.path, scratch.path("prompts.txt").path)
+    let (estimate, seconds) = try timed { try MemoryModel.fit(c, available: 1 << 50).estimate }
+    let parts = (estimate.standing + estimate.phases).map { "\($0.name) \(gib($0.bytes))" }.joined(
+      separator: ", ")
+    say(
+      "\(name): \(estimate.parameters) parameters, \(estimate.trainable) trainable, peak \(gib(estimate.peak)) "
+        + "(\(parts)), estimated in \(String(format: "%.0f", seconds)) s")
+    #expect(estimate.peak > 0)
+  }
+
   @Test("loading a sharded folder takes little more than the model")
   func loading() throws {
     let folder = scratch.path("sharded")
