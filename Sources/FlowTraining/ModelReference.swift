@@ -80,10 +80,11 @@ public struct ModelReference: Sendable {
   }
 
   /// Draws at another size or guidance.
-  public mutating func resize(height: Int?, width: Int?, guidance: Double?) throws {
+  public mutating func resize(height: Int?, width: Int?, guidance: Double?, negative: String? = nil) throws {
     if let height { configuration.sampling.height = height }
     if let width { configuration.sampling.width = width }
     if let guidance { configuration.sampling.guidance = guidance }
+    if let negative { configuration.sampling.negative = negative }
   }
 
   /// Uses the arithmetic of `other`, so that the numbers of both differ by their weights only.
@@ -91,6 +92,12 @@ public struct ModelReference: Sendable {
     configuration.network = other.configuration.network
     // Trained weights are loaded as they are.
     if weights != nil { configuration.network.weights = .model }
+  }
+
+  /// Embeds prompts as `other` does: at its length, from its store.
+  mutating func readText(like other: ModelReference) {
+    configuration.sampling.textLength = other.configuration.sampling.textLength
+    configuration.prompts.embeddings = other.configuration.prompts.embeddings
   }
 
   /// The run's prompt file, or the built-in one.
@@ -163,7 +170,8 @@ public struct Comparison {
       reference.computeLike(tuned)
       try reference.resize(
         height: tuned.configuration.sampling.height, width: tuned.configuration.sampling.width,
-        guidance: tuned.configuration.sampling.guidance)
+        guidance: tuned.configuration.sampling.guidance, negative: tuned.configuration.sampling.negative)
+      reference.readText(like: tuned)
       if base.sharesBase(with: tuned) {
         let adapter = try reference.attach(to: engine)
         before = try evaluate(engine, base.name)

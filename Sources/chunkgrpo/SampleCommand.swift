@@ -33,8 +33,10 @@ struct Sample: ParsableCommand {
   var height: Int?
   @Option(help: "Width in pixels (default: the run's, else the model's own size).")
   var width: Int?
-  @Option(help: "Guidance scale, for models that embed one.")
+  @Option(help: "Guidance scale, for models that take one (default: the run's, else 3.5).")
   var guidance: Double?
+  @Option(help: "What guidance leads away from, for models guided by a second pass (SD3).")
+  var negative: String?
   @Option(
     help: ArgumentHelp("Model folder, where MODEL is an adapter that does not say.", valueName: "folder"))
   var base: String?
@@ -54,7 +56,7 @@ struct Sample: ParsableCommand {
   func run() throws {
     var reference = try ModelReference(model, base: base)
     if let adapter { try reference.add(adapter: adapter) }
-    try reference.resize(height: height, width: width, guidance: guidance)
+    try reference.resize(height: height, width: width, guidance: guidance, negative: negative)
     let texts =
       try prompts.map { try PromptFile.load(file: URL(filePath: $0), split: "all").map(\.text) } ?? prompt
     let target = URL(filePath: output)
