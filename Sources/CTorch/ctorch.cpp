@@ -30,6 +30,9 @@
 #error "chunkgrpo needs libtorch 2.10 to 2.13"
 #endif
 
+// Level of libtorch's own messages; not there in builds that log through glog.
+extern int FLAGS_caffe2_log_level __attribute__((weak));
+
 namespace {
 
 using at::Tensor;
@@ -245,6 +248,14 @@ struct AllocationWatch : c10::MemoryReportingInfoBase {
   bool memoryProfilingEnabled() const override { return true; }
 };
 struct Watching {
+  // The profiler's warning about memory older than itself is of no use to a user.
+  int level = &FLAGS_caffe2_log_level ? FLAGS_caffe2_log_level : 0;
+  Watching() {
+    if (&FLAGS_caffe2_log_level) FLAGS_caffe2_log_level = 2;
+  }
+  ~Watching() {
+    if (&FLAGS_caffe2_log_level) FLAGS_caffe2_log_level = level;
+  }
   std::shared_ptr<AllocationWatch> watch = std::make_shared<AllocationWatch>();
   c10::DebugInfoGuard guard{c10::DebugInfoKind::PROFILER_STATE, watch};
 };

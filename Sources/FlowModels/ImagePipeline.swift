@@ -148,19 +148,24 @@ public protocol ImagePipeline: AnyObject {
 /// Rows and columns of image tokens.
 public typealias TokenGrid = (rows: Int, columns: Int)
 
+/// The token grid of an image whose sides must be multiples of `granularity` pixels.
+public func tokenGrid(height: Int, width: Int, granularity: Int) throws -> TokenGrid {
+  guard height > 0, width > 0, height % granularity == 0, width % granularity == 0 else {
+    let near = [height, width].map { max(1, ($0 + granularity / 2) / granularity) * granularity }
+    throw ModelError(
+      "\(height) × \(width) pixels: this model takes multiples of \(granularity), such as \(near[0]) × \(near[1])"
+    )
+  }
+  return (height / granularity, width / granularity)
+}
+
 extension ImagePipeline {
   /// Pixels a token covers along each side: sizes must be multiples of it.
   public var granularity: Int { 2 * autoencoder.downscale }
 
   /// Rows and columns of the token grid of an image.
   public func grid(height: Int, width: Int) throws -> TokenGrid {
-    guard height > 0, width > 0, height % granularity == 0, width % granularity == 0 else {
-      let near = [height, width].map { max(1, ($0 + granularity / 2) / granularity) * granularity }
-      throw ModelError(
-        "\(height) × \(width) pixels: this model takes multiples of \(granularity), such as \(near[0]) × \(near[1])"
-      )
-    }
-    return (height / granularity, width / granularity)
+    try tokenGrid(height: height, width: width, granularity: granularity)
   }
 
   /// Throws unless two parts of the folder fit together.

@@ -95,7 +95,7 @@ struct GoodInputTests {
     try scratch.write(first.out, to: "resolved.yaml")
     #expect(try succeed("train", "resolved.yaml", "--dry-run").out == first.out)
     let object = try succeed("train", "resolved.yaml", "--dry-run", "--json").json()
-    #expect(keys(object) == ["configuration", "counts"])
+    #expect(keys(object) == ["configuration", "counts", "memory", "peak_bytes"])
     #expect((object["configuration"] as? [String: Any])?["seed"] as? Int == 7)
   }
 

@@ -199,11 +199,12 @@ struct EvaluationTests {
     #expect(message { _ = try ModelReference(scratch.url.path) }.contains("--base MODEL"))
     #expect(
       message { _ = try ModelReference(scratch.url.path, base: shop.configuration.model) }
-        .contains("holds neither pytorch_lora_weights.safetensors nor diffusion_pytorch_model.safetensors"))
+        .contains("holds no trained weights: expected pytorch_lora_weights.safetensors"))
     let text = scratch.path("notes.txt")
     try Data("hello".utf8).write(to: text)
     #expect(
-      message { _ = try ModelReference(text.path, base: shop.configuration.model) }.contains("holds neither"))
+      message { _ = try ModelReference(text.path, base: shop.configuration.model) }.contains(
+        "holds no trained weights"))
     let fake = scratch.path("fake.safetensors")
     try Data("hello".utf8).write(to: fake)
     let found = try reference(fake.path, base: shop.configuration.model)
