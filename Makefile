@@ -29,14 +29,29 @@ setup: lib/torch.env ## check the tools, find or install torch
 lib/torch.env: FORCE
 	@Tools/setup.sh
 
+# The inner loops once per instruction set; at run time the best that the processor has is taken.
+ifeq ($(shell uname -m),x86_64)
+  ISAS := base avx2 avx512
+endif
+ISAS ?= base
+lib/kernels-base.o: ISA :=
+lib/kernels-avx2.o: ISA := -march=x86-64-v3
+lib/kernels-avx512.o: ISA := -march=x86-64-v4 -mprefer-vector-width=512
+lib/kernels-%.o: Sources/CTorch/kernels.cpp Sources/CTorch/kernels.h
+	@mkdir -p lib && $(CXX) -O3 -std=c++20 -fPIC -fvisibility=hidden -fopenmp-simd -fno-math-errno -fno-trapping-math \
+	  -Wall -Wextra $(WERROR) $(CXXFLAGS) -DINSTRUCTIONS=$* $(ISA) -c $< -o $@
+
 # torch.env keeps its date while the choice stands, so that the library is made again only when it changes.
-lib/libctorch.so: lib/torch.env Sources/CTorch/ctorch.cpp Sources/CTorch/ctorch.h
+lib/libctorch.so: lib/torch.env $(ISAS:%=lib/kernels-%.o) $(wildcard Sources/CTorch/*.cpp Sources/CTorch/*.h)
 	@. lib/torch.env && start=$$SECONDS && \
 	printf 'build: lib/libctorch.so against torch %s … ' "$$TORCH_VERSION" && \
 	cuda=$$([ $$TORCH_CUDA = 0 ] || echo -ltorch_cuda -lc10_cuda) && \
-	$(CXX) -O2 -std=c++20 -fPIC -shared -fvisibility=hidden -Wall -Wextra $(WERROR) $(CXXFLAGS) \
-	  -D_GLIBCXX_USE_CXX11_ABI=$$TORCH_CXX11_ABI \
-	  -isystem "$$TORCH/include" -isystem "$$TORCH/include/torch/csrc/api/include" Sources/CTorch/ctorch.cpp \
+	for part in ctorch fused; do \
+	  $(CXX) -O2 -std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra $(WERROR) $(CXXFLAGS) \
+	    -D_GLIBCXX_USE_CXX11_ABI=$$TORCH_CXX11_ABI -isystem "$$TORCH/include" \
+	    -isystem "$$TORCH/include/torch/csrc/api/include" -c Sources/CTorch/$$part.cpp -o lib/$$part.o & parts="$$parts $$!"; \
+	done; for part in $$parts; do wait $$part || exit 1; done; \
+	$(CXX) -shared $(CXXFLAGS) lib/ctorch.o lib/fused.o $(ISAS:%=lib/kernels-%.o) \
 	  -L"$$TORCH/lib" -Wl,-rpath,"$$TORCH/lib" -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10 $$cuda \
 	  $(LDFLAGS) -o $@.new && mv $@.new $@ && echo "$$((SECONDS - start)) s"
 

@@ -1,6 +1,8 @@
 // The C ABI of ctorch.h. Built by the Makefile against the chosen libtorch into lib/libctorch.so.
 #include "ctorch.h"
 
+#include "fused.h"
+
 #include <ATen/ATen.h>
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
@@ -15,6 +17,9 @@
 #include <torch/version.h>
 
 #include <dlfcn.h>
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -71,6 +76,12 @@ at::Device place(int32_t device, int32_t index) {
 at::DeviceType kind(int32_t device) { return device == CTORCH_CPU ? at::kCPU : at::kCUDA; }
 
 void enter_thread() {
+#if defined(__GLIBC__)
+  // Activations of a few MiB come and go with every operation: giving them back to the system each time costs page
+  // faults, 5 % of a training step where measured.
+  static const bool kept = mallopt(M_MMAP_THRESHOLD, 32 << 20) + mallopt(M_TRIM_THRESHOLD, 256 << 20) == 2;
+  (void)kept;
+#endif
   thread_local const bool entered = [] { return at::globalContext().setFlushDenormal(true), true; }();
   (void)entered;
 }
@@ -437,7 +448,11 @@ int32_t ctorch_clamp(ctorch_tensor *out, ctorch_tensor a, double low, double hig
   return guarded([&] { *out = wrap(at::clamp(unwrap(a), low, high)); });
 }
 int32_t ctorch_gelu(ctorch_tensor *out, ctorch_tensor a, bool tanh_approximation) {
-  return guarded([&] { *out = wrap(at::gelu(unwrap(a), tanh_approximation ? "tanh" : "none")); });
+  return guarded([&] {
+    const Tensor &x = unwrap(a);
+    const bool fused = tanh_approximation && chunkgrpo::fusible(x);
+    *out = wrap(fused ? chunkgrpo::tanh_gelu(x) : at::gelu(x, tanh_approximation ? "tanh" : "none"));
+  });
 }
 int32_t ctorch_where(ctorch_tensor *out, ctorch_tensor c, ctorch_tensor a, ctorch_tensor b) {
   return guarded([&] { *out = wrap(at::where(unwrap(c), unwrap(a), unwrap(b))); });
@@ -687,5 +702,53 @@ int32_t ctorch_quantised_linear(ctorch_tensor *out, ctorch_tensor x, ctorch_tens
     *out = wrap(QuantisedLinear::apply(unwrap(x), unwrap(codes), unwrap(scales), b));
   });
 }
+
+bool ctorch_fusible(ctorch_tensor t) { return chunkgrpo::fusible(unwrap(t)); }
+bool ctorch_attention_fusible(int32_t type) { return chunkgrpo::attention_fusible(dtype(type)); }
+int32_t ctorch_modulated_norm(ctorch_tensor *out, ctorch_tensor x, ctorch_tensor shift, ctorch_tensor scale, double eps) {
+  return guarded([&] { *out = wrap(chunkgrpo::modulated_norm(unwrap(x), unwrap(shift), unwrap(scale), eps)); });
+}
+int32_t ctorch_gated_add(ctorch_tensor *out, ctorch_tensor x, ctorch_tensor gate, ctorch_tensor y) {
+  return guarded([&] { *out = wrap(chunkgrpo::gated_add(unwrap(x), unwrap(gate), unwrap(y))); });
+}
+int32_t ctorch_joint_attention(ctorch_tensor *outputs, const ctorch_tensor *projections, const ctorch_tensor *gains,
+                               int32_t count, ctorch_tensor rotation, int64_t heads, int64_t size, double eps) {
+  return guarded([&] {
+    auto norms = gains ? list(gains, count) : std::vector<Tensor>();
+    auto results = chunkgrpo::joint_attention(list(projections, count), norms, rotation ? unwrap(rotation) : Tensor(),
+                                              heads, size, eps);
+    for (int32_t i = 0; i < count; i++) outputs[i] = wrap(results[size_t(i)]);
+  });
+}
+static std::vector<chunkgrpo::Adapter> adapters(const ctorch_tensor *downs, const ctorch_tensor *ups,
+                                                const double *scales, const int64_t *starts, int32_t count) {
+  std::vector<chunkgrpo::Adapter> result;
+  for (int32_t i = 0; i < count; i++) result.push_back({unwrap(downs[i]), unwrap(ups[i]), scales[i], starts[i]});
+  return result;
+}
+int32_t ctorch_adapted_linear(ctorch_tensor *out, ctorch_tensor x, ctorch_tensor weight, ctorch_tensor bias,
+                              ctorch_tensor down, ctorch_tensor up, const ctorch_tensor *downs, const ctorch_tensor *ups,
+                              const double *scales, const int64_t *starts, int32_t count) {
+  return guarded([&] {
+    *out = wrap(chunkgrpo::adapted_linear(unwrap(x), unwrap(weight), optional(bias), unwrap(down), unwrap(up),
+                                          adapters(downs, ups, scales, starts, count)));
+  });
+}
+int32_t ctorch_pack_linear(ctorch_tensor *packed, ctorch_tensor weight, ctorch_tensor bias, ctorch_tensor down, ctorch_tensor up) {
+  return guarded([&] {
+    auto p = chunkgrpo::pack_linear(unwrap(weight), optional(bias), down ? unwrap(down) : Tensor(), up ? unwrap(up) : Tensor());
+    int32_t i = 0;
+    for (auto &t : {p.forward, p.backward, p.down, p.up, p.bias}) packed[i++] = t.defined() ? wrap(t) : nullptr;
+  });
+}
+int32_t ctorch_packed_linear(ctorch_tensor *out, ctorch_tensor x, const ctorch_tensor *packed, const ctorch_tensor *downs,
+                             const ctorch_tensor *ups, const double *scales, const int64_t *starts, int32_t count) {
+  return guarded([&] {
+    auto part = [&](int i) { return packed[i] ? unwrap(packed[i]) : Tensor(); };
+    *out = wrap(chunkgrpo::packed_linear(unwrap(x), {part(0), part(1), part(2), part(3), part(4)},
+                                         adapters(downs, ups, scales, starts, count)));
+  });
+}
+int64_t ctorch_version(ctorch_tensor t) { return int64_t(unwrap(t)._version()); }
 
 }  // extern "C"

@@ -19,7 +19,7 @@ extern "C" {
 #define CTORCH_API __attribute__((visibility("default")))
 
 /* Raised whenever a signature below changes; the Swift side refuses a library with another number. */
-#define CTORCH_ABI_VERSION 3
+#define CTORCH_ABI_VERSION 4
 
 typedef struct ctorch_tensor_opaque *ctorch_tensor;
 
@@ -177,6 +177,38 @@ CTORCH_API int32_t ctorch_dequantise_rows(ctorch_tensor *out, ctorch_tensor code
 /* linear() of the dequantised weight in x's dtype; only codes and scales are kept for backward, which gives the
  * gradient of x alone. bias may be NULL. */
 CTORCH_API int32_t ctorch_quantised_linear(ctorch_tensor *out, ctorch_tensor x, ctorch_tensor codes, ctorch_tensor scales, ctorch_tensor bias);
+
+/* -- fused operations, each one pass over memory -------------------------------------------------------------- */
+/* Whether the next three take this tensor: float32 or bfloat16 on the CPU; and whether this processor has the
+ * small matrix products of ctorch_joint_attention in `dtype`. */
+CTORCH_API bool ctorch_fusible(ctorch_tensor tensor);
+CTORCH_API bool ctorch_attention_fusible(int32_t dtype);
+/* LayerNorm(x) (1 + scale) + shift over the last dimension: x [B, S, D], shift and scale [B, 1, D]. */
+CTORCH_API int32_t ctorch_modulated_norm(ctorch_tensor *out, ctorch_tensor x, ctorch_tensor shift, ctorch_tensor scale, double eps);
+/* x + gate y: x and y [B, S, D], gate [B, 1, D]. */
+CTORCH_API int32_t ctorch_gated_add(ctorch_tensor *out, ctorch_tensor x, ctorch_tensor gate, ctorch_tensor y);
+/* Attention of `count` streams over all their tokens. projections[i] [B, S_i, 3 H D + tail_i] holds queries, keys,
+ * values and what goes through a tanh-GELU; outputs[i] [B, S_i, H D + tail_i]. gains[i] [2, D] (queries, keys) or
+ * gains NULL: no norm; rotation [sum S_i, D] float32, cosines and sines in turn, or NULL. */
+CTORCH_API int32_t ctorch_joint_attention(ctorch_tensor *outputs, const ctorch_tensor *projections,
+                                          const ctorch_tensor *gains, int32_t count, ctorch_tensor rotation,
+                                          int64_t heads, int64_t size, double eps);
+/* x Wt + b + (x down_t) up_t. `down` [R, in] and `up` [out, R] hold the layers' factors side by side, up scaled, block
+ * by block in rows from starts[i] on; gradients go to the leaves downs[i], ups[i]. bias may be NULL. */
+CTORCH_API int32_t ctorch_adapted_linear(ctorch_tensor *out, ctorch_tensor x, ctorch_tensor weight, ctorch_tensor bias,
+                                         ctorch_tensor down, ctorch_tensor up, const ctorch_tensor *downs,
+                                         const ctorch_tensor *ups, const double *scales, const int64_t *starts,
+                                         int32_t count);
+/* Lays a frozen bfloat16 layer out for ctorch_packed_linear, on the CPU: *packed has room for five tensors, of which
+ * the third and fourth stay NULL without adapters (`down` and `up` NULL). All sizes must be even. */
+CTORCH_API int32_t ctorch_pack_linear(ctorch_tensor *packed, ctorch_tensor weight, ctorch_tensor bias,
+                                      ctorch_tensor down, ctorch_tensor up);
+/* As ctorch_adapted_linear, from such a layout; x is bfloat16. */
+CTORCH_API int32_t ctorch_packed_linear(ctorch_tensor *out, ctorch_tensor x, const ctorch_tensor *packed,
+                                        const ctorch_tensor *downs, const ctorch_tensor *ups, const double *scales,
+                                        const int64_t *starts, int32_t count);
+/* Grows with every change in place. */
+CTORCH_API int64_t ctorch_version(ctorch_tensor tensor);
 
 #ifdef __cplusplus
 }

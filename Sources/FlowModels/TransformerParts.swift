@@ -10,7 +10,13 @@ struct BlockShape {
 
 /// `LayerNorm(x)·(1 + scale) + shift`, without learnt gain.
 func modulated(_ x: Tensor, shift: Tensor, scale: Tensor) throws(TorchError) -> Tensor {
-  try shift.adding(product: try x.layerNorm(eps: 1e-6), try scale + 1)
+  if x.isFusible { return try x.modulatedNorm(shift: shift, scale: scale, eps: 1e-6) }
+  return try shift.adding(product: try x.layerNorm(eps: 1e-6), try scale + 1)
+}
+
+/// `x + gate·y`.
+func gated(_ x: Tensor, _ gate: Tensor, _ y: Tensor) throws(TorchError) -> Tensor {
+  try x.isFusible ? x.adding(gate: gate, y) : x.adding(product: gate, y)
 }
 
 /// Source: black-forest-labs/flux@802fb47 src/flux/modules/layers.py#L52-L60.
@@ -31,10 +37,9 @@ struct QueryKeyNorm {
     query = r.add(try (p / queryName).parameter("weight", size))
     key = r.add(try (p / keyName).parameter("weight", size))
   }
-  /// [B, S, 2, H, D] → the same in float32, normalised over D.
-  func callAsFunction(_ x: Tensor) throws(TorchError) -> Tensor {
-    let gains = try Tensor.stack([try query.value(), try key.value()]).to(.float32).unsqueeze(1)
-    return try x.to(.float32).rmsNorm(nil, eps: 1e-6) * gains
+  /// [2, D] in float32.
+  func gains() throws(TorchError) -> Tensor {
+    try Tensor.stack([try query.value(), try key.value()]).to(.float32)
   }
 }
 
@@ -50,14 +55,56 @@ struct FeedForward {
   }
 }
 
-/// Attends with float32 queries and keys [B, S, 2, H, D]: [B, S, H·D] in `values`' dtype.
+/// Attention of every stream's tokens over those of all streams; queries and keys normalised and rotated in float32.
 ///
-/// - Parameter values: [B, S, H, D].
-func attend(
-  _ queriesKeys: Tensor, _ values: Tensor, _ kernel: AttentionKernel
-) throws(TorchError) -> Tensor {
-  let qk = try queriesKeys.to(values.dtype).permute(2, 0, 3, 1, 4).contiguous()
-  return try attention(try qk[0], try qk[1], try values.transpose(1, 2).contiguous(), kernel: kernel)
+/// - Parameters:
+///   - projections: [B, Sᵢ, 3·H·D + tailᵢ] a stream: queries, keys, values, then what goes through a tanh-GELU.
+///   - norms: of each stream's queries and keys; nil for none.
+///   - rotation: [ΣSᵢ, D] float32, cosines and sines in turn; nil for none.
+/// - Returns: [B, Sᵢ, H·D + tailᵢ] a stream, in its dtype.
+func jointAttention(
+  _ projections: [Tensor], norms: [QueryKeyNorm?], rotation: Tensor?, _ shape: BlockShape,
+  _ kernel: AttentionKernel
+) throws(TorchError) -> [Tensor] {
+  var gains: [Tensor] = []
+  for case let norm? in norms { gains.append(try norm.gains()) }
+  let tokens = projections.reduce(0) { $0 + $1.size(1) }
+  if kernel.isFused(tokens: tokens, projections[0]) {
+    return try Tensor.jointAttention(
+      projections, gains: gains, rotation: rotation, heads: shape.heads, headSize: shape.headSize, eps: 1e-6)
+  }
+  var (pairs, values): ([Tensor], [Tensor]) = ([], [])
+  for (i, x) in projections.enumerated() {
+    let heads = try x.narrow(-1, 0, 3 * shape.width)
+      .reshape(x.size(0), x.size(1), 3, shape.heads, shape.headSize)
+    var qk = try heads.narrow(2, 0, 2).to(.float32)
+    if !gains.isEmpty { qk = try qk.rmsNorm(nil, eps: 1e-6) * gains[i].unsqueeze(1) }
+    pairs.append(qk)
+    values.append(try heads.select(2, 2))
+  }
+  var qk = try Tensor.cat(pairs, 1)
+  if let rotation {
+    let angles = try rotation.reshape([tokens, 1, 1, shape.headSize / 2, 2]).viewAsComplex()
+    let complex = try qk.reshape([qk.size(0), tokens, 2, shape.heads, shape.headSize / 2, 2]).viewAsComplex()
+    qk = try (complex * angles).viewAsReal().reshape(qk.shape)
+  }
+  qk = try qk.to(projections[0].dtype).permute(2, 0, 3, 1, 4).contiguous()
+  let v = try Tensor.cat(values, 1).transpose(1, 2).contiguous()
+  let mixed = try attention(try qk[0], try qk[1], v, kernel: kernel).split(projections.map { $0.size(1) }, 1)
+  var outputs: [Tensor] = []
+  for (x, part) in zip(projections, mixed) {
+    let tail = try x.narrow(-1, 3 * shape.width, x.size(2) - 3 * shape.width)
+    outputs.append(
+      tail.size(-1) == 0 ? part : try Tensor.cat([part, try tail.gelu(tanhApproximation: true)], -1))
+  }
+  return outputs
+}
+
+extension AttentionKernel {
+  /// Whether one pass does norms, rotation and attention: its scores of a head must stay in the cache.
+  func isFused(tokens: Int, _ x: Tensor) -> Bool {
+    self == .auto && tokens <= 512 && x.isFusible && Tensor.fusesAttention(x.dtype)
+  }
 }
 
 /// The embedding of time, guidance and pooled text that modulates every block.

@@ -33,6 +33,7 @@ public final class Linear {
   public let path: String
   /// Sizes of the last dimension before and after.
   public let inSize, outSize: Int
+  private let prepared = PreparedProduct()
 
   /// Takes `weight` and, where `bias` says so, `bias` under `path`.
   public convenience init(
@@ -56,7 +57,22 @@ public final class Linear {
   }
 
   /// [..., in] → [..., out].
-  public func callAsFunction(_ x: Tensor) throws(TorchError) -> Tensor { try LinearGroup([self])(x) }
+  public func callAsFunction(_ x: Tensor) throws(TorchError) -> Tensor {
+    try LinearGroup([self], prepared: prepared)(x)
+  }
+}
+
+/// Operands of a product with frozen weights, and what they were made from.
+private final class PreparedProduct {
+  enum Form {
+    case plain
+    case adapted(down: Tensor, up: Tensor)
+    case packed(Tensor.PackedLinear)
+  }
+  var form = Form.plain
+  var weight: Tensor?
+  var dtype = DType.float32
+  var versions: [Int] = []
 }
 
 /// Linear layers with one input, evaluated as one matrix product.
@@ -64,6 +80,7 @@ public final class LinearGroup {
   private let members: [Linear]
   private typealias Weights = (weight: Tensor, scales: Tensor?, bias: Tensor?)
   private var stacked: Weights?
+  private let prepared: PreparedProduct
 
   /// Largest weight of a stack: 256 MiB, twice that of a FLUX.1 block's projections in bfloat16.
   private static let most = 1 << 28
@@ -72,7 +89,10 @@ public final class LinearGroup {
   }
 
   /// Joins `members`, which must all have a bias or all have none.
-  public init(_ members: [Linear]) { self.members = members }
+  public convenience init(_ members: [Linear]) { self.init(members, prepared: PreparedProduct()) }
+  fileprivate init(_ members: [Linear], prepared: PreparedProduct) {
+    (self.members, self.prepared) = (members, prepared)
+  }
 
   /// [..., in] → [..., Σ out], the members' outputs side by side.
   public func callAsFunction(_ x: Tensor) throws(TorchError) -> Tensor {
@@ -83,10 +103,72 @@ public final class LinearGroup {
       return try Tensor.cat(parts, -1)
     }
     let (weight, scales, bias) = try weights()
-    let base =
-      if let scales { try x.quantisedLinear(weight, scales, bias) } else { try x.linear(weight, bias) }
-    let adapted = members.contains { $0.adapter != nil }
-    return adapted ? try addAdapters(to: base, x) : base
+    let adapters = adapters()
+    if let scales {
+      let base = try x.quantisedLinear(weight, scales, bias)
+      return adapters.isEmpty ? base : try addAdapters(to: base, x)
+    }
+    if weight.requiresGrad || bias?.requiresGrad == true {
+      let base = try x.linear(weight, bias)
+      return adapters.isEmpty ? base : try addAdapters(to: base, x)
+    }
+    switch try prepare(adapters, weight, bias, x) {
+    case .plain: return try x.linear(weight, bias)
+    case .adapted(let down, let up):
+      return try x.adaptedLinear(weight, bias, down: down, up: up, adapters)
+    case .packed(let packed): return try x.linear(packed, adapters)
+    }
+  }
+
+  private func adapters() -> [Tensor.Adapter] {
+    var start = 0
+    return members.compactMap { member in
+      defer { start += member.outSize }
+      return member.adapter.map { .init(down: $0.down, up: $0.up, scale: $0.scale, start: start) }
+    }
+  }
+
+  /// What the frozen layers multiply by, made anew only when an optimizer step has changed the adapters.
+  private func prepare(
+    _ adapters: [Tensor.Adapter], _ weight: Tensor, _ bias: Tensor?, _ x: Tensor
+  ) throws(TorchError) -> PreparedProduct.Form {
+    let versions = [weight.version] + adapters.flatMap { [$0.down.version, $0.up.version] }
+    if prepared.versions == versions, prepared.weight === weight, prepared.dtype == x.dtype {
+      return prepared.form
+    }
+    let form: PreparedProduct.Form = try withoutGrad { () throws(TorchError) in
+      let factors = adapters.isEmpty ? nil : try joined(x)
+      let sizes = [weight.size(0), weight.size(1), factors?.down.size(0) ?? 0]
+      // Wide layers gain nothing from a layout of their own, which takes as much memory again as the weights.
+      let packs =
+        x.dtype == .bfloat16 && weight.dtype == .bfloat16 && x.device == .cpu && sizes[1] <= 1024
+        && sizes.allSatisfy { $0 % 2 == 0 } && Tensor.fusesAttention(.bfloat16)
+      if packs {
+        return PreparedProduct.Form.packed(
+          try weight.packedLinear(bias, down: factors?.down, up: factors?.up))
+      }
+      return factors.map { .adapted(down: $0.down, up: $0.up) } ?? .plain
+    }
+    (prepared.form, prepared.weight, prepared.dtype, prepared.versions) = (form, weight, x.dtype, versions)
+    return form
+  }
+
+  /// The adapters' factors side by side in x's dtype, B's scaled and each in its own rows and columns.
+  private func joined(_ x: Tensor) throws(TorchError) -> (down: Tensor, up: Tensor) {
+    var (downs, ups): ([Tensor], [Tensor]) = ([], [])
+    let ranks = members.map { $0.adapter?.rank ?? 0 }
+    let total = ranks.reduce(0, +)
+    var before = 0
+    for (member, rank) in zip(members, ranks) {
+      if let adapter = member.adapter {
+        downs.append(adapter.down)
+        ups.append(try (adapter.up * adapter.scale).pad([before, total - before - rank]))
+      } else {
+        ups.append(try Tensor.zeros([member.outSize, total], device: x.device))
+      }
+      before += rank
+    }
+    return (try Tensor.cat(downs).to(x.dtype), try Tensor.cat(ups).to(x.dtype))
   }
 
   /// Stored values of quantised layers, else the values computed with.
@@ -127,7 +209,7 @@ public final class LinearGroup {
     return (weight, scales, bias)
   }
 
-  /// Adds every adapter with two products: x·[A₁ A₂ …]ᵀ, then a block-diagonal B.
+  /// Adds every adapter of a trained or quantised base, with two products: x·[A₁ A₂ …]ᵀ, then a block-diagonal B.
   private func addAdapters(to base: Tensor, _ x: Tensor) throws(TorchError) -> Tensor {
     var downs: [Tensor] = []
     var ups: [Tensor] = []
@@ -154,7 +236,10 @@ public final class LinearGroup {
   }
 
   /// Forgets the stacked weights, after a member was made trainable or changed dtype.
-  public func unstack() { stacked = nil }
+  public func unstack() {
+    stacked = nil
+    prepared.weight = nil
+  }
 }
 
 /// How a frozen weight is kept in one byte a value, with one float32 scale a row.

@@ -29,6 +29,7 @@ struct Bench: ParsableCommand {
     var configuration = try Configuration.load(file: URL(filePath: config), overrides: options.overrides)
     (configuration.run.iterations, configuration.run.checkpointEvery) = (iterations + 1, iterations + 1)
     (configuration.run.samplesEvery, configuration.run.evaluateEvery) = (0, 0)
+    configuration.run.stopReward = nil
     try configuration.validate()
     let folder = RunFolder(
       FileManager.default.temporaryDirectory.appending(path: "chunkgrpo-bench-\(getpid())"))

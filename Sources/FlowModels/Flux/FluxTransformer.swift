@@ -203,7 +203,7 @@ public final class FluxTransformer: FlowTransformer {
     return try projOut(try modulated(x, shift: out[1], scale: out[0]))
   }
 
-  /// Unit complex numbers [S, 1, 1, headSize/2]: angles in float64, table in float32; text tokens sit at the origin.
+  /// Cosines and sines in turn, [S, headSize]: angles in float64, table in float32; text tokens sit at the origin.
   private func rotation(_ key: RotationKey) throws -> Tensor {
     if let table = rotations[key] { return table }
     var values: [Float] = []
@@ -218,22 +218,11 @@ public final class FluxTransformer: FlowTransformer {
     }
     for _ in 0..<key.textTokens { append([0, 0, 0]) }
     for row in 0..<key.rows { for column in 0..<key.columns { append([0, row, column]) } }
-    let shape = [key.textTokens + key.rows * key.columns, 1, 1, config.attentionHeadDim / 2, 2]
-    let table = try Tensor(values, shape: shape).viewAsComplex().to(device)
+    let shape = [key.textTokens + key.rows * key.columns, config.attentionHeadDim]
+    let table = try Tensor(values, shape: shape).to(device)
     rotations[key] = table
     return table
   }
-}
-
-/// Rotates float32 queries and keys [B, S, 2, H, D] and attends: [B, S, H·D] in `values`' dtype.
-///
-/// - Parameter values: [B, S, H, D].
-private func attendRotated(
-  _ queriesKeys: Tensor, _ values: Tensor, _ rotation: Tensor, _ kernel: AttentionKernel
-) throws(TorchError) -> Tensor {
-  let s = queriesKeys.shape
-  let pairs = try queriesKeys.reshape([s[0], s[1], 2, s[3], s[4] / 2, 2]).viewAsComplex()
-  return try attend(try (pairs * rotation).viewAsReal().reshape(s), values, kernel)
 }
 
 /// Image and text streams with joint attention; text tokens come first.
@@ -272,20 +261,15 @@ private struct DoubleBlock {
   ) throws(TorchError) -> (Tensor, Tensor) {
     let m = try modulation.chunk(6, -1)
     let c = try contextModulation.chunk(6, -1)
-    func heads(_ joined: Tensor) throws(TorchError) -> Tensor {
-      try joined.reshape(joined.size(0), joined.size(1), 3, shape.heads, shape.headSize)
-    }
-    let image = try heads(try qkv(try modulated(x, shift: m[0], scale: m[1])))
-    let text = try heads(try contextQKV(try modulated(y, shift: c[0], scale: c[1])))
-    let qk = try Tensor.cat(
-      [try contextNorm(try text.narrow(2, 0, 2)), try norm(try image.narrow(2, 0, 2))], 1)
-    let values = try Tensor.cat([try text.select(2, 2), try image.select(2, 2)], 1)
-    let mixed = try attendRotated(qk, values, rotation, kernel)
-    let parts = try mixed.split([y.size(1), x.size(1)], 1)
-    var x = try x.adding(product: m[2], try out(parts[1]))
-    x = try x.adding(product: m[5], try feedForward(try modulated(x, shift: m[3], scale: m[4])))
-    var y = try y.adding(product: c[2], try contextOut(parts[0]))
-    y = try y.adding(product: c[5], try contextFeedForward(try modulated(y, shift: c[3], scale: c[4])))
+    let mixed = try jointAttention(
+      [
+        try contextQKV(try modulated(y, shift: c[0], scale: c[1])),
+        try qkv(try modulated(x, shift: m[0], scale: m[1])),
+      ], norms: [contextNorm, norm], rotation: rotation, shape, kernel)
+    var x = try gated(x, m[2], try out(mixed[1]))
+    x = try gated(x, m[5], try feedForward(try modulated(x, shift: m[3], scale: m[4])))
+    var y = try gated(y, c[2], try contextOut(mixed[0]))
+    y = try gated(y, c[5], try contextFeedForward(try modulated(y, shift: c[3], scale: c[4])))
     return (x, y)
   }
 }
@@ -316,11 +300,8 @@ private struct SingleBlock {
     _ x: Tensor, _ modulation: Tensor, _ rotation: Tensor, _ kernel: AttentionKernel
   ) throws(TorchError) -> Tensor {
     let m = try modulation.chunk(3, -1)
-    let d = shape.width
     let all = try projections(try modulated(x, shift: m[0], scale: m[1]))
-    let qkv = try all.narrow(-1, 0, 3 * d).reshape(x.size(0), x.size(1), 3, shape.heads, shape.headSize)
-    let mixed = try attendRotated(try norm(try qkv.narrow(2, 0, 2)), try qkv.select(2, 2), rotation, kernel)
-    let hidden = try all.narrow(-1, 3 * d, 4 * d).gelu(tanhApproximation: true)
-    return try x.adding(product: m[2], try out(try Tensor.cat([mixed, hidden], -1)))
+    let mixed = try jointAttention([all], norms: [norm], rotation: rotation, shape, kernel)
+    return try gated(x, m[2], try out(mixed[0]))
   }
 }

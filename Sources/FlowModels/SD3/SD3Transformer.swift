@@ -182,9 +182,7 @@ private struct ImageAttention {
   }
   /// [B, S, width] → the same.
   func callAsFunction(_ x: Tensor, _ kernel: AttentionKernel) throws(TorchError) -> Tensor {
-    let all = try qkv(x).reshape(x.size(0), x.size(1), 3, shape.heads, shape.headSize)
-    let qk = try all.narrow(2, 0, 2)
-    return try out(try attend(try norm?(qk) ?? qk, try all.select(2, 2), kernel))
+    try out(try jointAttention([try qkv(x)], norms: [norm], rotation: nil, shape, kernel)[0])
   }
 }
 
@@ -228,28 +226,23 @@ private struct JointBlock {
   ) throws(TorchError) -> (Tensor, Tensor) {
     let m = try modulation.chunk(dual == nil ? 6 : 9, -1)
     let c = try contextModulation.chunk(context == nil ? 2 : 6, -1)
-    func heads(_ joined: Tensor) throws(TorchError) -> Tensor {
-      try joined.reshape(joined.size(0), joined.size(1), 3, shape.heads, shape.headSize)
-    }
     // The last block's text modulation comes as scale, shift.
     let (shift, scale) = context == nil ? (c[1], c[0]) : (c[0], c[1])
-    let image = try heads(try qkv(try modulated(x, shift: m[0], scale: m[1])))
-    let text = try heads(try contextQKV(try modulated(y, shift: shift, scale: scale)))
-    let (imageQK, textQK) = (try image.narrow(2, 0, 2), try text.narrow(2, 0, 2))
-    let qk = try Tensor.cat([try norm?(imageQK) ?? imageQK, try contextNorm?(textQK) ?? textQK], 1)
-    let values = try Tensor.cat([try image.select(2, 2), try text.select(2, 2)], 1)
-    let parts = try attend(qk, values, kernel).split([x.size(1), y.size(1)], 1)
-    var hidden = try x.adding(product: m[2], try out(parts[0]))
+    let mixed = try jointAttention(
+      [
+        try qkv(try modulated(x, shift: m[0], scale: m[1])),
+        try contextQKV(try modulated(y, shift: shift, scale: scale)),
+      ], norms: [norm, contextNorm], rotation: nil, shape, kernel)
+    var hidden = try gated(x, m[2], try out(mixed[0]))
     if let dual {
       // Normalised from the block's input, like the first attention's.
       let second = try dual(try modulated(x, shift: m[6], scale: m[7]), kernel)
-      hidden = try hidden.adding(product: m[8], second)
+      hidden = try gated(hidden, m[8], second)
     }
-    hidden = try hidden.adding(
-      product: m[5], try feedForward(try modulated(hidden, shift: m[3], scale: m[4])))
+    hidden = try gated(hidden, m[5], try feedForward(try modulated(hidden, shift: m[3], scale: m[4])))
     guard let context else { return (hidden, y) }
-    var y = try y.adding(product: c[2], try context.out(parts[1]))
-    y = try y.adding(product: c[5], try context.feedForward(try modulated(y, shift: c[3], scale: c[4])))
+    var y = try gated(y, c[2], try context.out(mixed[1]))
+    y = try gated(y, c[5], try context.feedForward(try modulated(y, shift: c[3], scale: c[4])))
     return (hidden, y)
   }
 }
