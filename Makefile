@@ -39,7 +39,7 @@ lib/kernels-avx2.o: ISA := -march=x86-64-v3
 lib/kernels-avx512.o: ISA := -march=x86-64-v4 -mprefer-vector-width=512
 lib/kernels-%.o: Sources/CTorch/kernels.cpp Sources/CTorch/kernels.h
 	@mkdir -p lib && $(CXX) -O3 -std=c++20 -fPIC -fvisibility=hidden -fopenmp-simd -fno-math-errno -fno-trapping-math \
-	  -Wall -Wextra $(WERROR) $(CXXFLAGS) -DINSTRUCTIONS=$* $(ISA) -c $< -o $@
+	  -fno-signed-zeros -fassociative-math 	  -Wall -Wextra $(WERROR) $(CXXFLAGS) -DINSTRUCTIONS=$* $(ISA) -c $< -o $@
 
 # torch.env keeps its date while the choice stands, so that the library is made again only when it changes.
 lib/libctorch.so: lib/torch.env $(ISAS:%=lib/kernels-%.o) $(wildcard Sources/CTorch/*.cpp Sources/CTorch/*.h)

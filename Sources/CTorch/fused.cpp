@@ -244,16 +244,16 @@ struct JointAttention : torch::autograd::Function<JointAttention> {
                   x[i].scalar_type(), x[i].sizes(), ": expected [", s.batch, ", S, ", 3 * s.width(), " or more]");
       outputs.push_back(at::empty({s.batch, s.counts[i], s.width() + s.tails[i]}, x[i].options()));
     }
-    Tensor log_sums = at::empty({s.batch, heads, s.tokens}, x[0].options().dtype(at::kFloat));
+    Tensor sums = at::empty({s.batch * heads, 2, s.tokens}, x[0].options().dtype(at::kFloat));
     dispatch(x[0], [&](auto zero) {
       using T = decltype(zero);
-      run_forward<T>(s, streams<T>(x, outputs, norms, rotation), data<float>(log_sums));
+      run_forward<T>(s, streams<T>(x, outputs, norms, rotation), data<float>(sums));
     });
     saved = x;
     saved.insert(saved.end(), outputs.begin(), outputs.end());
     saved.insert(saved.end(), norms.begin(), norms.end());
     saved.push_back(rotation);
-    saved.push_back(log_sums);
+    saved.push_back(sums);
     ctx->save_for_backward(saved);
     ctx->saved_data["streams"] = int64_t(x.size());
     ctx->saved_data["gains"] = int64_t(norms.size());
@@ -317,22 +317,23 @@ struct JointAttention : torch::autograd::Function<JointAttention> {
   }
 
   template <class T>
-  static void run_forward(const Sizes &s, const Streams<T> &t, float *log_sums) {
+  static void run_forward(const Sizes &s, const Streams<T> &t, float *sums) {
     const auto &kernel = kernels<T>();
     const int64_t n = s.tokens, d = s.size, m = s.padded;
     const HeadShape head{n, d}, square{n, n};
     at::parallel_for(0, s.batch * s.heads, 1, [&](int64_t begin, int64_t end) {
-      Arena arena(size_t(5 * m * d + n * m) * sizeof(T) + size_t(n * m + n * d + n) * sizeof(float) + 1024);
+      Arena arena(size_t(5 * m * d + n * m) * sizeof(T) + size_t(n * m + n * d) * sizeof(float) + 1024);
       T *q = arena.take<T>(n * d), *k = arena.take<T>(n * d), *v = arena.take<T>(n * d), *keys = arena.take<T>(m * d),
         *values = arena.take<T>(m * d), *p = arena.take<T>(n * m);
-      float *scores = arena.take<float>(n * m), *mixed = arena.take<float>(n * d), *inverse = arena.take<float>(n);
+      float *scores = arena.take<float>(n * m), *mixed = arena.take<float>(n * d);
       for (int64_t task = begin; task < end; task++) {
         const int64_t b = task / s.heads, h = task % s.heads;
         gather(s, t, b, h, q, k, v);
         kernel.pack_transposed(keys, k, head, m);
         kernel.pack(values, v, head, m);
         multiply(n, m, d, q, d, keys, scores);
-        kernel.softmax(p, log_sums + task * n, inverse, scores, square, m, s.factor);
+        float *largest = sums + 2 * task * n, *inverse = largest + n;  // what backward needs of every row
+        kernel.softmax(p, largest, inverse, scores, square, m, s.factor);
         multiply(n, d, m, p, m, values, mixed);
         for (size_t i = 0; i < t.in.size(); i++) {
           const int64_t stride = s.width() + s.tails[i];
@@ -351,7 +352,7 @@ struct JointAttention : torch::autograd::Function<JointAttention> {
   /* t: projections and outputs; g: gradients of the outputs, and of the projections, which are written. */
   template <class T>
   static void run_backward(const Sizes &s, const Streams<T> &t, const Streams<T> &g, const variable_list &dgains,
-                           const float *log_sums) {
+                           const float *sums) {
     const auto &kernel = kernels<T>();
     const int64_t n = s.tokens, d = s.size, m = s.padded;
     const HeadShape head{n, d}, square{n, m};
@@ -375,7 +376,8 @@ struct JointAttention : torch::autograd::Function<JointAttention> {
         multiply(n, m, d, q, d, packed, scores);
         kernel.pack_transposed(packed, v, head, m);
         multiply(n, m, d, o, d, packed, dp);
-        kernel.softmax_backward(p, ds, scores, dp, log_sums + task * n, delta, {n, n}, m, s.factor);
+        const float *largest = sums + 2 * task * n;
+        kernel.softmax_backward(p, ds, scores, dp, largest, largest + n, delta, {n, n}, m, s.factor);
         // Transposed products, so that only the narrow matrices are turned: dVᵀ = dOᵀ·P, dKᵀ = Qᵀ·dS.
         kernel.transpose(turned, m, o, head);
         kernel.pack(pairs, p, square, m);

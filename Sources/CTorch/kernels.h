@@ -37,11 +37,11 @@ struct Kernels {
   void (*head_backward)(T *dx, int64_t stride, float *dgain, const float *g, const T *x, int64_t x_stride, HeadShape s,
                         const float *gain, const float *rotation, float eps);
   /* Scores have `padded` columns, a multiple of 16 so that no loop has a slow remainder; those from `size` on are
-     overwritten. p = exp(factor·score − max), 0 in the padding; log Σ exp and 1 / Σ exp of every row. */
-  void (*softmax)(T *p, float *log_sum, float *inverse, float *scores, HeadShape s, int64_t padded, float factor);
-  /* p = exp(factor·score − log_sum), ds = p·(dp − delta)·factor; both 0 in the padding. */
-  void (*softmax_backward)(T *p, T *ds, float *scores, const float *dp, const float *log_sum, const float *delta,
-                           HeadShape s, int64_t padded, float factor);
+     overwritten. p = exp(factor·score − largest), 0 in the padding; inverse = 1 / Σ p. */
+  void (*softmax)(T *p, float *largest, float *inverse, float *scores, HeadShape s, int64_t padded, float factor);
+  /* p = exp(factor·score − largest)·inverse, ds = p·(dp − delta)·factor; both 0 in the padding. */
+  void (*softmax_backward)(T *p, T *ds, float *scores, const float *dp, const float *largest, const float *inverse,
+                           const float *delta, HeadShape s, int64_t padded, float factor);
   /* out [rows] = Σ a·b over a row. */
   void (*dot)(float *out, const T *a, const T *b, int64_t b_stride, HeadShape s);
   /* Copies rows with strides; out = x·factor[row] where factor is given. */
