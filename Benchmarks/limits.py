@@ -67,3 +67,38 @@ def network_cost(config, family, batch, grid, text_tokens, train, dtype, rank=16
         flops += 2 * rows * rank * (2 * (a + b) + b + (0 if first else a))
     factors = rank * sum(a + b for _, a, b, _ in linears)
     return flops, size * (2 * weights + 5 * outputs) + 4 * 3 * factors
+
+
+def decoder_cost(c, batch, height, width):
+    """FLOPs and bytes of an autoencoder's decoder on latents [batch, C, height, width], in float32."""
+    sizes = c["block_out_channels"][::-1]
+    flops, weights, outputs = 0, 0, 0
+
+    def conv(a, b, pixels, kernel=3):
+        nonlocal flops, weights, outputs
+        flops += 2 * batch * pixels * a * b * kernel * kernel
+        weights += a * b * kernel * kernel
+        outputs += batch * pixels * b
+
+    def resnet(a, b, pixels):
+        conv(a, b, pixels)
+        conv(b, b, pixels)
+        if a != b:
+            conv(a, b, pixels, 1)
+
+    pixels, before = height * width, sizes[0]
+    conv(c["latent_channels"], before, pixels)
+    for _ in range(2):
+        resnet(before, before, pixels)
+    for _ in range(4):
+        conv(before, before, pixels, 1)
+    flops += 4 * batch * pixels * pixels * before
+    for level, size in enumerate(sizes):
+        for _ in range(c["layers_per_block"] + 1):
+            resnet(before, size, pixels)
+            before = size
+        if level < len(sizes) - 1:
+            pixels *= 4
+            conv(size, size, pixels)
+    conv(before, c["out_channels"], pixels)
+    return flops, 4 * (weights + 2 * outputs)

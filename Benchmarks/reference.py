@@ -6,7 +6,7 @@ Speaks the protocol of Runner/main.swift on stdin and stdout; further operations
   {"op": "probe"}                                            peaks of the machine: products and copies
 """
 
-import contextlib, json, sys, time
+import contextlib, json, sys, time, warnings
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 torch.set_flush_denormal(True)
+warnings.filterwarnings("ignore")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": torch.float32}
 
 
@@ -338,6 +339,12 @@ class Published(Loop):
         return torch.optim.AdamW(self.trained, lr=self.rate, weight_decay=self.decay)
 
     def run(self):
+        samples, gains = self.rollout()
+        for update in self.updates:
+            self.backward(update, samples, gains)
+            self.advance()
+
+    def rollout(self):
         rewards, samples = [], []
         start = self.noise(1)
         with torch.no_grad():
@@ -345,18 +352,26 @@ class Published(Loop):
                 states, log_ps, clean = self.trajectory(start)
                 rewards.append(vivid(images(self.vae, self.unpack(clean))).item())
                 samples.append((states, log_ps))
-        gains = advantages(torch.tensor(rewards))
-        for update in self.updates:
-            count = len({sample for sample, _, _ in update})
-            for sample, first, end in update:
-                states, log_ps = samples[sample]
-                steps = list(range(first, end))
-                new = self.replayed(states[first:end, 0], states[first + 1 : end + 1, 0], steps).mean()
-                ratio = torch.exp(new - log_ps[first:end, 0].mean())
-                loss = self.clipped(ratio, gains[sample]) / count
-                loss.backward()
-                loss.item(), ratio.item()
-            self.advance()
+        return samples, advantages(torch.tensor(rewards))
+
+    def backward(self, update, samples, gains):
+        for sample, first, end in update:
+            states, log_ps = samples[sample]
+            new = self.replayed(states[first:end, 0], states[first + 1 : end + 1, 0], list(range(first, end))).mean()
+            ratio = torch.exp(new - log_ps[first:end, 0].mean())
+            loss = self.clipped(ratio, gains[sample]) / len(update)
+            loss.backward()
+            loss.item(), ratio.item()
+
+    def check(self):
+        """Log-probabilities and the first update's gradient, with the trajectories they are of."""
+        samples, gains = self.rollout()
+        self.optimizer.zero_grad()
+        self.backward(self.updates[0], samples, gains)
+        log_ps = torch.cat([log_ps for _, log_ps in samples], 1)[:-1].T
+        trajectories = {"states": torch.cat([states for states, _ in samples], 1), "advantages": gains, "output": log_ps}
+        parameters = self.velocity.model.named_parameters()
+        return trajectories | {"gradient." + name: p.grad for name, p in parameters if p.grad is not None}
 
 
 class Batched(Loop):
@@ -457,6 +472,7 @@ INPUTS = {"network": network_inputs, "wide": wide_inputs, "decode": decode_input
 def compare(theirs, ours):
     """2-norm of the difference over that of the reference: of every output, and of all gradients together."""
     theirs, ours = load_file(theirs), load_file(ours)
+    theirs = {name: t for name, t in theirs.items() if name.split(".")[0] in ("output", "gradient")}
     if theirs.keys() != ours.keys():
         raise ValueError(f"results differ in names: {sorted(theirs.keys() ^ ours.keys())[:4]}")
     sums = {}

@@ -36,6 +36,7 @@ final class LoopCase: Case {
     rule = PolicyUpdate(
       network: engine.network, table: table, guidance: nil, microBatch: rows, ratio: .chunk,
       clip: ClipRange(low: c.loss.clip[0], high: c.loss.clip[1]))
+    if let updates = p.updates { try take(updates[0], try Inputs(p.inputs)) }
     guard p.name == "update" else { return }
     let (size, trained) = (try need(p.chunk, "chunk"), try need(p.trained, "trained"))
     let samples = (0..<group).map { s in
@@ -44,6 +45,22 @@ final class LoopCase: Case {
         chunks: stride(from: 0, to: trained, by: size).map { ($0..<min($0 + size, trained), 1) })
     }
     stored = (samples, try rollout())
+  }
+
+  /// Trajectories of the reference and what its first update trains on: [sample, first step, end].
+  private func take(_ update: [[Int]], _ inputs: Inputs) throws {
+    let (advantages, states) = (try inputs("advantages").doubles(), try inputs("states"))
+    let old = try inputs("output")
+    let samples = Dictionary(grouping: update, by: { $0[0] }).sorted { $0.key < $1.key }.map {
+      sample, chunks in
+      UpdateSample(row: sample, advantage: advantages[sample], chunks: chunks.map { ($0[1]..<$0[2], 1) })
+    }
+    stored = (
+      samples,
+      Trajectories(
+        states: states, clean: try states[0].clone(),
+        logProbabilities: try (0..<old.size(0)).map { try old[$0].doubles() })
+    )
   }
 
   private func rollout() throws -> Trajectories {
@@ -65,5 +82,20 @@ final class LoopCase: Case {
     return [:]
   }
 
-  func check() throws -> [String: Tensor] { [:] }
+  func check() throws -> [String: Tensor] {
+    let (samples, trajectories) = try need(stored, "trajectories")
+    try prepare()
+    // Not the first update: that the reference's log-probabilities equal ours in every bit is not asked for.
+    _ = try rule.accumulate(samples, trajectories, conditions: conditions, first: false)
+    var results: [String: Tensor] = [:]
+    for (name, tensor) in policy.parameters {
+      results["gradient." + name] = try need(try tensor.grad(), name)
+    }
+    let steps = Array(0..<trajectories.logProbabilities[0].count)
+    let replayed = try conditions.indices.flatMap {
+      try rule.logProbabilities(row: $0, steps: steps, trajectories, conditions: conditions)
+    }
+    results["output"] = try Tensor(replayed, shape: [conditions.count, steps.count])
+    return results
+  }
 }

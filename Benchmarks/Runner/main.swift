@@ -38,8 +38,9 @@ struct Request: Decodable {
 /// What a case is made from; each kind takes its own.
 struct Parameters: Decodable {
   var folder, inputs, family, dtype, train, name, config, prompts: String?
-  var grid, groups: [Int]?
-  var steps, chunk, trained, microBatch, rank, height, width: Int?
+  var grid: [Int]?
+  var chunk, trained, rank: Int?
+  var updates: [[[Int]]]?
   var charts: [Chart]?
 }
 
