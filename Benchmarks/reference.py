@@ -20,7 +20,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": torc
 
 def transformer(folder, family, dtype):
     from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+    from diffusers.utils import logging
 
+    logging.disable_progress_bar()
     kind = SD3Transformer2DModel if family == "sd3" else FluxTransformer2DModel
     return kind.from_pretrained(folder, torch_dtype=dtype).eval()
 
