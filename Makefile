@@ -82,12 +82,14 @@ test: build ## run all tests
 	@swift test --skip-build --disable-xctest $(DEBUG)
 
 lint: ## check the format of Swift and the syntax of the scripts
-	swift format lint --strict --recursive Sources Tests Package.swift
+	swift format lint --strict --recursive Benchmarks Sources Tests Package.swift
 	@for script in .ci/run Tools/*.sh; do bash -n $$script || exit 1; done
 	@if command -v shellcheck > /dev/null; then shellcheck .ci/run Tools/*.sh; fi
 
-bench: build ## measure speed
-	@bin/chunkgrpo bench
+bench: build ## measure speed against diffusers; BENCH="--only mini.train --rounds 9" chooses
+	@[ -n "$(CHUNKGRPO_TEST_PYTHON)" ] || Tools/setup-python-tests.sh
+	@swift build $(QUIET) --product bench-runner $(RELEASE) && install -m 755 .build/release/bench-runner bin/bench-runner
+	@"$(or $(CHUNKGRPO_TEST_PYTHON),.python-tests/bin/python)" Benchmarks/bench.py $(BENCH)
 
 install: $(if $(wildcard bin/chunkgrpo),,build) ## install under PREFIX (/usr/local); DESTDIR is honoured
 	install -d "$(BIN)" "$(LIB)" "$(SHARE)"

@@ -45,6 +45,9 @@ let package = Package(
     .executableTarget(
       name: "CLI", dependencies: ["FlowTraining", "Pictures", argumentParser],
       path: "Sources/chunkgrpo"),
+    // `make bench` builds it.
+    .executableTarget(
+      name: "bench-runner", dependencies: ["FlowTraining", "Pictures"], path: "Benchmarks/Runner"),
 
     // What tests compare with diffusers and PEFT.
     .target(name: "Peers", dependencies: ["FlowModels", "Torch"], path: "Tests/Peers"),

@@ -163,8 +163,9 @@ public final class Trainer {
     if saved != iteration { try save() }
   }
 
-  /// One iteration: a rollout and its updates.
-  private func step() throws -> MetricsRow {
+  /// One iteration: a rollout and its updates. ``run(resume:)`` counts, records and saves what this does; alone it
+  /// repeats the same iteration with the weights as they have become.
+  public func step() throws -> MetricsRow {
     var clock = Stopwatch()
     var row = MetricsRow()
     let batch = samplesOfIteration()
