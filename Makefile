@@ -39,15 +39,16 @@ lib/kernels-avx2.o: ISA := -march=x86-64-v3
 lib/kernels-avx512.o: ISA := -march=x86-64-v4 -mprefer-vector-width=512
 lib/kernels-%.o: Sources/CTorch/kernels.cpp Sources/CTorch/kernels.h
 	@mkdir -p lib && $(CXX) -O3 -std=c++20 -fPIC -fvisibility=hidden -fopenmp-simd -fno-math-errno -fno-trapping-math \
-	  -fno-signed-zeros -fassociative-math 	  -Wall -Wextra $(WERROR) $(CXXFLAGS) -DINSTRUCTIONS=$* $(ISA) -c $< -o $@
+	  -fno-signed-zeros -fassociative-math -Wall -Wextra $(WERROR) $(CXXFLAGS) -DINSTRUCTIONS=$* $(ISA) -c $< -o $@
 
+# -fopenmp when compiling alone: at run time the calls find the OpenMP that libtorch brought, not a second one.
 # torch.env keeps its date while the choice stands, so that the library is made again only when it changes.
 lib/libctorch.so: lib/torch.env $(ISAS:%=lib/kernels-%.o) $(wildcard Sources/CTorch/*.cpp Sources/CTorch/*.h)
 	@. lib/torch.env && start=$$SECONDS && \
 	printf 'build: lib/libctorch.so against torch %s … ' "$$TORCH_VERSION" && \
 	cuda=$$([ $$TORCH_CUDA = 0 ] || echo -ltorch_cuda -lc10_cuda) && \
 	for part in ctorch fused; do \
-	  $(CXX) -O2 -std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra $(WERROR) $(CXXFLAGS) \
+	  $(CXX) -O2 -std=c++20 -fPIC -fvisibility=hidden -fopenmp -Wall -Wextra $(WERROR) $(CXXFLAGS) \
 	    -D_GLIBCXX_USE_CXX11_ABI=$$TORCH_CXX11_ABI -isystem "$$TORCH/include" \
 	    -isystem "$$TORCH/include/torch/csrc/api/include" -c Sources/CTorch/$$part.cpp -o lib/$$part.o & parts="$$parts $$!"; \
 	done; for part in $$parts; do wait $$part || exit 1; done; \

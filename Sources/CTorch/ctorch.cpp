@@ -640,6 +640,8 @@ int32_t ctorch_fused_adamw_(const ctorch_tensor *params, const ctorch_tensor *gr
     at::_foreach_add_(n, 1);  // the kernel reads the number of this step, it does not count
     at::_fused_adamw_(p, g, m, s, /*max_exp_avg_sqs=*/{}, n, lr, beta1, beta2, weight_decay, eps,
                       /*amsgrad=*/false, /*maximize=*/false);
+    // The kernel leaves versions as they were, and adapters laid out for products would be taken for current.
+    for (const auto &t : p) torch::autograd::impl::bump_version(t);
   });
 }
 int32_t ctorch_blockwise_adamw_(ctorch_tensor param, ctorch_tensor grad, ctorch_tensor means, ctorch_tensor mean_scales,
@@ -673,6 +675,7 @@ int32_t ctorch_blockwise_adamw_(ctorch_tensor param, ctorch_tensor grad, ctorch_
       mean.set(m, threshold);
       root.set(r, 1 - threshold);
     }
+    torch::autograd::impl::bump_version(unwrap(param));
   });
 }
 

@@ -167,15 +167,18 @@ struct GatedAdd : torch::autograd::Function<GatedAdd> {
   }
 };
 
-void multiply(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const float *b, float *c) {
-  at::native::cpublas::brgemm(m, n, k, lda, n, n, false, a, b, c, false);
+void multiply(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb, float *c,
+              int64_t ldc, bool add) {
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, false);
 }
 void multiply(int64_t m, int64_t n, int64_t k, const Bits *a, int64_t lda, const Bits *b, int64_t ldb, float *c,
               int64_t ldc, bool add) {
   at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, reinterpret_cast<const at::BFloat16 *>(a),
                               reinterpret_cast<const at::BFloat16 *>(b), c, true);
 }
-void multiply(int64_t m, int64_t n, int64_t k, const Bits *a, int64_t lda, const Bits *b, float *c) {
+/* c [m, n] = a·b. */
+template <class T>
+void multiply(int64_t m, int64_t n, int64_t k, const T *a, int64_t lda, const T *b, float *c) {
   multiply(m, n, k, a, lda, b, n, c, n, false);
 }
 
@@ -316,25 +319,31 @@ struct JointAttention : torch::autograd::Function<JointAttention> {
     }
   }
 
+  /* Queries at once: their scores stay in the second-level cache up to some thousand tokens. */
+  static constexpr int64_t query_block = 128;
+
   template <class T>
   static void run_forward(const Sizes &s, const Streams<T> &t, float *sums) {
     const auto &kernel = kernels<T>();
-    const int64_t n = s.tokens, d = s.size, m = s.padded;
-    const HeadShape head{n, d}, square{n, n};
+    const int64_t n = s.tokens, d = s.size, m = s.padded, most = std::min(query_block, n);
+    const HeadShape head{n, d};
     at::parallel_for(0, s.batch * s.heads, 1, [&](int64_t begin, int64_t end) {
-      Arena arena(size_t(5 * m * d + n * m) * sizeof(T) + size_t(n * m + n * d) * sizeof(float) + 1024);
+      Arena arena(size_t(5 * m * d + most * m) * sizeof(T) + size_t(most * m + n * d) * sizeof(float) + 1024);
       T *q = arena.take<T>(n * d), *k = arena.take<T>(n * d), *v = arena.take<T>(n * d), *keys = arena.take<T>(m * d),
-        *values = arena.take<T>(m * d), *p = arena.take<T>(n * m);
-      float *scores = arena.take<float>(n * m), *mixed = arena.take<float>(n * d);
+        *values = arena.take<T>(m * d), *p = arena.take<T>(most * m);
+      float *scores = arena.take<float>(most * m), *mixed = arena.take<float>(n * d);
       for (int64_t task = begin; task < end; task++) {
         const int64_t b = task / s.heads, h = task % s.heads;
         gather(s, t, b, h, q, k, v);
         kernel.pack_transposed(keys, k, head, m);
         kernel.pack(values, v, head, m);
-        multiply(n, m, d, q, d, keys, scores);
         float *largest = sums + 2 * task * n, *inverse = largest + n;  // what backward needs of every row
-        kernel.softmax(p, largest, inverse, scores, square, m, s.factor);
-        multiply(n, d, m, p, m, values, mixed);
+        for (int64_t first = 0; first < n; first += query_block) {
+          const int64_t rows = std::min(query_block, n - first);
+          multiply(rows, m, d, q + first * d, d, keys, scores);
+          kernel.softmax(p, largest + first, inverse + first, scores, {rows, n}, m, s.factor);
+          multiply(rows, d, m, p, m, values, mixed + first * d);
+        }
         for (size_t i = 0; i < t.in.size(); i++) {
           const int64_t stride = s.width() + s.tails[i];
           kernel.scale(t.out[i] + b * s.counts[i] * stride + h * d, stride, mixed + s.starts[i] * d, d,
@@ -354,16 +363,18 @@ struct JointAttention : torch::autograd::Function<JointAttention> {
   static void run_backward(const Sizes &s, const Streams<T> &t, const Streams<T> &g, const variable_list &dgains,
                            const float *sums) {
     const auto &kernel = kernels<T>();
-    const int64_t n = s.tokens, d = s.size, m = s.padded;
-    const HeadShape head{n, d}, square{n, m};
+    const int64_t n = s.tokens, d = s.size, m = s.padded, most = std::min(query_block, n), even = (most + 15) / 16 * 16;
+    const HeadShape head{n, d};
     at::parallel_for(0, s.batch * s.heads, 1, [&](int64_t begin, int64_t end) {
-      Arena arena(size_t(6 * m * d + 3 * m * m) * sizeof(T) + size_t(2 * n * m + 4 * m * d + n) * sizeof(float) + 2048);
+      Arena arena(size_t(7 * m * d + d * even + 2 * most * m + even * m) * sizeof(T) +
+                  size_t(2 * most * m + 5 * m * d + n) * sizeof(float) + 2048);
       T *q = arena.take<T>(n * d), *k = arena.take<T>(n * d), *v = arena.take<T>(n * d), *o = arena.take<T>(n * d);
-      T *packed = arena.take<T>(m * d), *turned = arena.take<T>(m * d);
-      T *p = arena.take<T>(n * m), *ds = arena.take<T>(n * m), *pairs = arena.take<T>(m * m);
-      float *scores = arena.take<float>(n * m), *dp = arena.take<float>(n * m), *delta = arena.take<float>(n);
+      T *keys_turned = arena.take<T>(m * d), *values_turned = arena.take<T>(m * d), *keys = arena.take<T>(m * d);
+      T *p = arena.take<T>(most * m), *ds = arena.take<T>(most * m);
+      T *pairs = arena.take<T>(even * m), *turned = arena.take<T>(d * even);
+      float *scores = arena.take<float>(most * m), *dp = arena.take<float>(most * m), *delta = arena.take<float>(n);
       float *dq = arena.take<float>(n * d), *dk = arena.take<float>(n * d), *dv = arena.take<float>(n * d);
-      float *product = arena.take<float>(m * d);
+      float *dk_turned = arena.take<float>(m * d), *dv_turned = arena.take<float>(m * d);
       for (int64_t task = begin; task < end; task++) {
         const int64_t b = task / s.heads, h = task % s.heads;
         gather(s, t, b, h, q, k, v);
@@ -372,23 +383,28 @@ struct JointAttention : torch::autograd::Function<JointAttention> {
           kernel.copy(o + row * d, d, g.in[i] + at, stride, {s.counts[i], d});
           kernel.dot(delta + row, o + row * d, t.out[i] + at, stride, {s.counts[i], d});
         }
-        kernel.pack_transposed(packed, k, head, m);
-        multiply(n, m, d, q, d, packed, scores);
-        kernel.pack_transposed(packed, v, head, m);
-        multiply(n, m, d, o, d, packed, dp);
+        kernel.pack_transposed(keys_turned, k, head, m);
+        kernel.pack_transposed(values_turned, v, head, m);
+        kernel.pack(keys, k, head, m);
         const float *largest = sums + 2 * task * n;
-        kernel.softmax_backward(p, ds, scores, dp, largest, largest + n, delta, {n, n}, m, s.factor);
-        // Transposed products, so that only the narrow matrices are turned: dVᵀ = dOᵀ·P, dKᵀ = Qᵀ·dS.
-        kernel.transpose(turned, m, o, head);
-        kernel.pack(pairs, p, square, m);
-        multiply(d, m, m, turned, m, pairs, product);
-        kernel.transpose_float(dv, product, m, head);
-        kernel.transpose(turned, m, q, head);
-        kernel.pack(pairs, ds, square, m);
-        multiply(d, m, m, turned, m, pairs, product);
-        kernel.transpose_float(dk, product, m, head);
-        kernel.pack(packed, k, head, m);
-        multiply(n, d, m, ds, m, packed, dq);
+        for (int64_t first = 0; first < n; first += query_block) {
+          const int64_t rows = std::min(query_block, n - first), padded = (rows + 15) / 16 * 16;
+          const HeadShape part{rows, d}, wide{rows, m};
+          multiply(rows, m, d, q + first * d, d, keys_turned, scores);
+          multiply(rows, m, d, o + first * d, d, values_turned, dp);
+          kernel.softmax_backward(p, ds, scores, dp, largest + first, largest + n + first, delta + first, {rows, n}, m,
+                                  s.factor);
+          // Transposed products, so that only the narrow matrices are turned: dVᵀ += dOᵀ·P, dKᵀ += Qᵀ·dS.
+          kernel.transpose(turned, padded, o + first * d, part);
+          kernel.pack(pairs, p, wide, padded);
+          multiply(d, m, padded, turned, padded, pairs, m, dv_turned, m, first > 0);
+          kernel.transpose(turned, padded, q + first * d, part);
+          kernel.pack(pairs, ds, wide, padded);
+          multiply(d, m, padded, turned, padded, pairs, m, dk_turned, m, first > 0);
+          multiply(rows, d, m, ds, m, keys, dq + first * d);
+        }
+        kernel.transpose_float(dv, dv_turned, m, head);
+        kernel.transpose_float(dk, dk_turned, m, head);
         for (size_t i = 0; i < t.in.size(); i++) {
           const int64_t stride = 3 * s.width() + s.tails[i], at = b * s.counts[i] * stride + h * d, row = s.starts[i] * d;
           const float *gains = t.gains.empty() ? nullptr : t.gains[i], *turn = t.rotation ? t.rotation + row : nullptr;
@@ -627,14 +643,14 @@ struct AdaptedLinear : torch::autograd::Function<AdaptedLinear> {
       shape.back() = weight.size(1);
       result[0] = dx.view(shape);
     }
-    const Tensor ddown = inner.t().mm(x).to(at::kFloat);
+    const Tensor ddown = inner.t().mm(x);
     int64_t row = 0;
     for (size_t i = 0; i < scales.size(); i++) {
       const Tensor &a = saved[5 + 2 * i], &b = saved[6 + 2 * i];
       const int64_t rank = a.size(0);
-      result.push_back(ddown.narrow(0, row, rank));
+      result.push_back(ddown.narrow(0, row, rank).to(a.scalar_type()));
       // Of this layer's own rows and columns: the product of the others is not part of the sum.
-      const Tensor dup = g.narrow(1, starts[i], b.size(0)).t().mm(hidden.narrow(1, row, rank)).to(at::kFloat);
+      const Tensor dup = g.narrow(1, starts[i], b.size(0)).t().mm(hidden.narrow(1, row, rank)).to(b.scalar_type());
       result.push_back(scales[i] == 1 ? dup : dup * scales[i]);
       row += rank;
     }

@@ -69,7 +69,7 @@ func jointAttention(
   var gains: [Tensor] = []
   for case let norm? in norms { gains.append(try norm.gains()) }
   let tokens = projections.reduce(0) { $0 + $1.size(1) }
-  if kernel.isFused(tokens: tokens, projections[0]) {
+  if kernel.isFused(projections[0]) {
     return try Tensor.jointAttention(
       projections, gains: gains, rotation: rotation, heads: shape.heads, headSize: shape.headSize, eps: 1e-6)
   }
@@ -101,10 +101,8 @@ func jointAttention(
 }
 
 extension AttentionKernel {
-  /// Whether one pass does norms, rotation and attention: its scores of a head must stay in the cache.
-  func isFused(tokens: Int, _ x: Tensor) -> Bool {
-    self == .auto && tokens <= 512 && x.isFusible && Tensor.fusesAttention(x.dtype)
-  }
+  /// Whether one pass does norms, rotation and attention.
+  func isFused(_ x: Tensor) -> Bool { self == .auto && x.isFusible && Tensor.fusesAttention(x.dtype) }
 }
 
 /// The embedding of time, guidance and pooled text that modulates every block.

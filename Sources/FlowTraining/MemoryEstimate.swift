@@ -80,6 +80,11 @@ public struct MemoryModel {
       let linear = parameter.key.hasSuffix(".weight") ? String(parameter.key.dropLast(7)) : ""
       let oneByte = options.weights != nil && layers.linears[linear] != nil && isQuantisable(linear)
       weights += parameter.tensor.count * (oneByte ? 1 : options.dtype.size)
+      if !full, !oneByte, let layer = layers.linears[linear],
+        LinearGroup.packs(inSize: layer.inSize, options.dtype, options.device)
+      {
+        weights += 2 * parameter.tensor.count * options.dtype.size
+      }
     }
     let moments = c.optim.state == .int8 ? Int(2.03 * Double(trained)) : 8 * trained
     let average = c.ema.decay > 0 ? 4 * trained : 0

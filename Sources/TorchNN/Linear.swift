@@ -70,9 +70,10 @@ private final class PreparedProduct {
     case packed(Tensor.PackedLinear)
   }
   var form = Form.plain
-  var weight: Tensor?
-  var dtype = DType.float32
+  /// The base weight and the adapters' factors; a change in place gives a tensor a new version.
+  var sources: [Tensor] = []
   var versions: [Int] = []
+  var dtype = DType.float32
 }
 
 /// Linear layers with one input, evaluated as one matrix product.
@@ -86,6 +87,13 @@ public final class LinearGroup {
   private static let most = 1 << 28
   private var bytes: Int {
     members.reduce(0) { $0 + $1.inSize * $1.outSize * $1.weight.tensor.dtype.size }
+  }
+
+  /// Whether a frozen layer is laid out anew for the processor's matrix units, twice: for forward and backward passes.
+  ///
+  /// Wide layers gain nothing from that.
+  public static func packs(inSize: Int, _ dtype: DType, _ device: Device) -> Bool {
+    dtype == .bfloat16 && device == .cpu && inSize <= 1024 && Tensor.fusesAttention(.bfloat16)
   }
 
   /// Joins `members`, which must all have a bias or all have none.
@@ -132,24 +140,26 @@ public final class LinearGroup {
   private func prepare(
     _ adapters: [Tensor.Adapter], _ weight: Tensor, _ bias: Tensor?, _ x: Tensor
   ) throws(TorchError) -> PreparedProduct.Form {
-    let versions = [weight.version] + adapters.flatMap { [$0.down.version, $0.up.version] }
-    if prepared.versions == versions, prepared.weight === weight, prepared.dtype == x.dtype {
+    let sources = [weight] + adapters.flatMap { [$0.down, $0.up] }
+    let versions = sources.map(\.version)
+    if prepared.versions == versions, prepared.dtype == x.dtype,
+      zip(prepared.sources, sources).allSatisfy({ $0 === $1 })
+    {
       return prepared.form
     }
     let form: PreparedProduct.Form = try withoutGrad { () throws(TorchError) in
       let factors = adapters.isEmpty ? nil : try joined(x)
       let sizes = [weight.size(0), weight.size(1), factors?.down.size(0) ?? 0]
-      // Wide layers gain nothing from a layout of their own, which takes as much memory again as the weights.
       let packs =
-        x.dtype == .bfloat16 && weight.dtype == .bfloat16 && x.device == .cpu && sizes[1] <= 1024
-        && sizes.allSatisfy { $0 % 2 == 0 } && Tensor.fusesAttention(.bfloat16)
+        weight.dtype == x.dtype && Self.packs(inSize: sizes[1], x.dtype, x.device)
+        && sizes.allSatisfy { $0 % 2 == 0 }
       if packs {
         return PreparedProduct.Form.packed(
           try weight.packedLinear(bias, down: factors?.down, up: factors?.up))
       }
       return factors.map { .adapted(down: $0.down, up: $0.up) } ?? .plain
     }
-    (prepared.form, prepared.weight, prepared.dtype, prepared.versions) = (form, weight, x.dtype, versions)
+    (prepared.form, prepared.sources, prepared.versions, prepared.dtype) = (form, sources, versions, x.dtype)
     return form
   }
 
@@ -238,7 +248,7 @@ public final class LinearGroup {
   /// Forgets the stacked weights, after a member was made trainable or changed dtype.
   public func unstack() {
     stacked = nil
-    prepared.weight = nil
+    prepared.versions = []
   }
 }
 
