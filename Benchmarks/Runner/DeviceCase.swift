@@ -25,7 +25,8 @@ final class DeviceCase: Case {
   private let random = RandomPlan(seed: 1)
 
   init(_ p: Parameters) throws {
-    device = p.device == "cuda" ? .cuda(0) : .cpu
+    let device: Device = p.device == "cuda" ? .cuda(0) : .cpu
+    self.device = device
     let folder = URL(filePath: try need(p.folder, "folder"))
     let sides = try need(p.grid, "grid")
     (grid, rows) = ((sides[0], sides[1]), try need(p.rows, "rows"))
@@ -36,8 +37,8 @@ final class DeviceCase: Case {
     func fill(_ parameters: [Parameter], _ dtype: DType) throws {
       for (i, parameter) in parameters.enumerated() {
         // By way of another dtype: the zeros of a blank checkpoint are one element seen many times.
-      try parameter.place(dtype == .float32 ? .bfloat16 : .float32, .cpu)
-      try parameter.place(dtype, device)
+        try parameter.place(dtype == .float32 ? .bfloat16 : .float32, .cpu)
+        try parameter.place(dtype, device)
         let flat = try parameter.tensor.reshape(-1)
         let scale =
           parameter.tensor.rank > 1
@@ -49,7 +50,7 @@ final class DeviceCase: Case {
         }
       }
     }
-    let part = { folder.appending(path: $0) }
+    func part(_ name: String) -> URL { folder.appending(path: name) }
     let config = try JSONDecoder.snake.decode(
       FluxTransformerConfig.self, from: Data(contentsOf: part("transformer/config.json")))
     let transformer = try FluxTransformer(config: config, checkpoint: Checkpoint(blank: part("transformer")))
