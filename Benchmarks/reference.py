@@ -440,8 +440,10 @@ class Device(Published):
         read = lambda part: json.loads((folder / part / "config.json").read_text())
         config = read("transformer")
         with torch.device("meta"):
-            model = FluxTransformer2DModel.from_config(config).to(DTYPES[self.precision.dtype])
             vae = AutoencoderKL.from_config(read("vae"))
+            torch.set_default_dtype(DTYPES[self.precision.dtype])
+            model = FluxTransformer2DModel.from_config(config)
+            torch.set_default_dtype(torch.float32)
         self.vae = vae.to_empty(device=self.device).eval()
         model = model.to_empty(device=self.device)
         with torch.no_grad():
