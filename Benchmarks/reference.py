@@ -53,8 +53,9 @@ class Velocity:
             self.image_ids = torch.zeros(rows, columns, 3)
             self.image_ids[..., 1] = torch.arange(rows)[:, None]
             self.image_ids[..., 2] = torch.arange(columns)[None]
-            self.image_ids = self.image_ids.reshape(-1, 3)
-            self.text_ids = torch.zeros(text_tokens, 3)
+            device = next(model.parameters()).device
+            self.image_ids = self.image_ids.reshape(-1, 3).to(device)
+            self.text_ids = torch.zeros(text_tokens, 3, device=device)
 
     def __call__(self, x, times, text, pooled):
         x, text, pooled = x.to(self.dtype), text.to(self.dtype), pooled.to(self.dtype)
@@ -258,13 +259,7 @@ class Loop:
 
     def __init__(self, p):
         self.precision = Precision(p)
-        folder = Path(p["folder"])
-        model = transformer(folder / "transformer", "flux", DTYPES[self.precision.dtype])
-        self.vae = autoencoder(folder / "vae")
-        condition = load_file(p["inputs"])
-        self.text, self.pooled = condition["text"], condition["pooled"]
-        trained = add_adapter(model, 16).values() if p["train"] == "lora" else list(model.train().parameters())
-        self.trained = list(trained)
+        model = self.load(p)
         self.velocity = Velocity(model, "flux", p["grid"], self.text.shape[1])
         self.updates, self.group, self.grid = p["updates"], p["group"], p["grid"]
         levels = torch.linspace(1, 0, p["steps"] + 1, dtype=torch.float64)
@@ -275,11 +270,41 @@ class Loop:
             gap = s - next_s
             g2 = 0.7**2 * s / (1 - (self.sigmas[1] if s == 1 else s))
             self.table.append((1 - g2 * gap / (2 * s), -gap * (1 + g2 * (1 - s) / (2 * s)), (g2 * gap) ** 0.5))
-        self.coefficients = torch.tensor(self.table)
+        self.coefficients = torch.tensor(self.table, device=self.device)
         self.optimizer = self.make_optimizer()
 
+    def load(self, p):
+        """The transformer; sets autoencoder, condition and what is trained."""
+        self.device = torch.device("cpu")
+        folder = Path(p["folder"])
+        model = transformer(folder / "transformer", "flux", DTYPES[self.precision.dtype])
+        self.vae = autoencoder(folder / "vae")
+        condition = load_file(p["inputs"])
+        self.text, self.pooled = condition["text"], condition["pooled"]
+        self.trained = list(add_adapter(model, 16).values() if p["train"] == "lora" else model.train().parameters())
+        return model
+
     def prepare(self):
-        pass
+        self.parts = {}
+
+    @contextlib.contextmanager
+    def timed(self, part):
+        start = self.synchronize()
+        yield
+        self.parts[part] = self.parts.get(part, 0.0) + self.synchronize() - start
+
+    def synchronize(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def run(self):
+        samples, gains = self.rollout()
+        with self.timed("update"):
+            for update in self.updates:
+                self.backward(update, samples, gains)
+                self.advance()
+        return self.parts
 
     def predict(self, x, times):
         """v for rows that share the prompt."""
@@ -289,12 +314,13 @@ class Loop:
 
     @staticmethod
     def log_probability(x, mean, s):
-        s = torch.as_tensor(s, dtype=torch.float32)
+        s = torch.as_tensor(s, dtype=torch.float32, device=x.device)
         log_p = -((x - mean) ** 2) / (2 * s**2) - torch.log(s) - 0.5 * torch.log(torch.tensor(2 * torch.pi))
         return log_p.mean((1, 2))
 
     def noise(self, rows):
-        return torch.randn(rows, self.grid[0] * self.grid[1], self.velocity.model.config.in_channels)
+        tokens = self.grid[0] * self.grid[1]
+        return torch.randn(rows, tokens, self.velocity.model.config.in_channels, device=self.device)
 
     def unpack(self, x):
         rows, columns = self.grid
@@ -305,7 +331,7 @@ class Loop:
         """States [T, B, …], log-probabilities [T, B] and clean latents of one batch of rows."""
         x, states, log_ps = start, [start], []
         for i, (a, b, s) in enumerate(self.table):
-            v = self.predict(x, torch.full((len(x),), 1000 * self.sigmas[i]))
+            v = self.predict(x, torch.full((len(x),), 1000 * self.sigmas[i], device=x.device))
             if i == len(self.table) - 1:
                 clean = x - self.sigmas[i] * v
             mean = a * x + b * v
@@ -316,7 +342,7 @@ class Loop:
 
     def replayed(self, x, following, steps):
         """log p of stored transitions, one step a row."""
-        v = self.predict(x, torch.tensor([1000 * self.sigmas[i] for i in steps]))
+        v = self.predict(x, torch.tensor([1000 * self.sigmas[i] for i in steps], device=x.device))
         a, b, s = (c[:, None, None] for c in self.coefficients[steps].unbind(1))
         return self.log_probability(following, a * x + b * v, s)
 
@@ -340,19 +366,15 @@ class Published(Loop):
     def make_optimizer(self):
         return torch.optim.AdamW(self.trained, lr=self.rate, weight_decay=self.decay)
 
-    def run(self):
-        samples, gains = self.rollout()
-        for update in self.updates:
-            self.backward(update, samples, gains)
-            self.advance()
-
     def rollout(self):
         rewards, samples = [], []
         start = self.noise(1)
         with torch.no_grad():
             for _ in range(self.group):
-                states, log_ps, clean = self.trajectory(start)
-                rewards.append(vivid(images(self.vae, self.unpack(clean))).item())
+                with self.timed("rollout"):
+                    states, log_ps, clean = self.trajectory(start)
+                with self.timed("decode"):
+                    rewards.append(vivid(images(self.vae, self.unpack(clean))).item())
                 samples.append((states, log_ps))
         return samples, advantages(torch.tensor(rewards))
 
@@ -367,6 +389,7 @@ class Published(Loop):
 
     def check(self):
         """Log-probabilities and the first update's gradient, with the trajectories they are of."""
+        self.prepare()
         samples, gains = self.rollout()
         self.optimizer.zero_grad()
         self.backward(self.updates[0], samples, gains)
@@ -383,21 +406,64 @@ class Batched(Loop):
     def make_optimizer(self):
         return torch.optim.AdamW(self.trained, lr=self.rate, weight_decay=self.decay, fused=True)
 
-    def run(self):
+    def rollout(self):
         with torch.no_grad():
-            states, log_ps, clean = self.trajectory(self.noise(1).expand(self.group, -1, -1))
-            gains = advantages(vivid(images(self.vae, self.unpack(clean))))
-        for update in self.updates:
-            pairs = [(sample, step) for sample, first, end in update for step in range(first, end)]
-            for step in sorted({step for _, step in pairs}):
-                rows = [sample for sample, s in pairs if s == step]
-                new = self.replayed(states[step, rows], states[step + 1, rows], [step] * len(rows))
-                ratio = torch.exp(new - log_ps[step, rows])
-                (self.clipped(ratio, gains[rows]).sum() / len(pairs)).backward()
-            self.advance()
+            with self.timed("rollout"):
+                states, log_ps, clean = self.trajectory(self.noise(1).expand(self.group, -1, -1))
+            with self.timed("decode"):
+                gains = advantages(vivid(images(self.vae, self.unpack(clean))))
+        return (states, log_ps), gains
+
+    def backward(self, update, samples, gains):
+        states, log_ps = samples
+        pairs = [(sample, step) for sample, first, end in update for step in range(first, end)]
+        for step in sorted({step for _, step in pairs}):
+            rows = [sample for sample, s in pairs if s == step]
+            new = self.replayed(states[step, rows], states[step + 1, rows], [step] * len(rows))
+            ratio = torch.exp(new - log_ps[step, rows])
+            (self.clipped(ratio, gains[rows]).sum() / len(pairs)).backward()
 
 
-CASES = {"network": Network, "decode": Decode, "reward": Reward, "published": Published, "batched": Batched}
+class Device(Published):
+    """The published-style loop on a model of random weights made on a device: bfloat16 weights, an adapter on attention and
+    MLP, activation checkpointing; see DeviceCase."""
+
+    targets = ("attn.to_q attn.to_k attn.to_v attn.to_out.0 attn.add_q_proj attn.add_k_proj attn.add_v_proj attn.to_add_out "
+               "ff.net.0.proj ff.net.2 ff_context.net.0.proj ff_context.net.2 proj_mlp").split()
+
+    def load(self, p):
+        from diffusers import AutoencoderKL, FluxTransformer2DModel
+        from peft import LoraConfig
+
+        self.device = torch.device(p["device"])
+        folder = Path(p["folder"])
+        read = lambda part: json.loads((folder / part / "config.json").read_text())
+        config = read("transformer")
+        with torch.device("meta"):
+            vae = AutoencoderKL.from_config(read("vae"))
+            torch.set_default_dtype(DTYPES[self.precision.dtype])
+            model = FluxTransformer2DModel.from_config(config)
+            torch.set_default_dtype(torch.float32)
+        self.vae = vae.to_empty(device=self.device).eval()
+        model = model.to_empty(device=self.device)
+        with torch.no_grad():
+            for tensor in [*model.parameters(), *self.vae.parameters()]:
+                tensor.normal_(0, tensor[0].numel() ** -0.5 if tensor.ndim > 1 else 0.02)
+        model.requires_grad_(False)
+        model.add_adapter(LoraConfig(r=16, lora_alpha=32, target_modules=r"(single_)?transformer_blocks\.\d+\.(" + "|".join(
+            name.replace(".", r"\.") for name in self.targets + ["proj_out"]) + ")"))
+        model.train()
+        if p.get("checkpointing"):
+            model.enable_gradient_checkpointing()
+        self.trained = [q for q in model.parameters() if q.requires_grad]
+        for parameter in self.trained:
+            parameter.data = parameter.data.float()
+        self.text = torch.randn(1, p["textTokens"], config["joint_attention_dim"], device=self.device)
+        self.pooled = torch.randn(1, config["pooled_projection_dim"], device=self.device)
+        return model
+
+
+CASES = {"network": Network, "decode": Decode, "reward": Reward, "published": Published, "batched": Batched, "device": Device}
 
 
 # ------------------------------------------------------------------------------------------------------------- inputs
@@ -455,9 +521,9 @@ def wide_inputs(p):
     from diffusers import FluxTransformer2DModel
 
     torch.manual_seed(1)
-    with torch.device("meta"):
-        model = FluxTransformer2DModel(**p["config"]).to(torch.bfloat16)
-    model.to_empty(device="cpu")
+    torch.set_default_dtype(torch.bfloat16)
+    model = FluxTransformer2DModel(**p["config"])
+    torch.set_default_dtype(torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
@@ -525,6 +591,20 @@ def probe():
     return result
 
 
+def probe_device():
+    """FLOP/s of bfloat16 products on the CUDA device."""
+    best = 0
+    for n in (4096, 8192, 12288):
+        a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+
+        def product():
+            a @ b
+            torch.cuda.synchronize()
+
+        best = max(best, 2 * n**3 / seconds(product))
+    return {"bfloat16": best, "device": torch.cuda.get_device_name()}
+
+
 # ------------------------------------------------------------------------------------------------------------ protocol
 
 current = None
@@ -544,8 +624,8 @@ def answer(request):
     if operation == "run":
         current.prepare()
         start = time.perf_counter()
-        current.run()
-        return {"seconds": time.perf_counter() - start}
+        parts = current.run()
+        return {"seconds": time.perf_counter() - start} | {k: v for k, v in parts.items() if isinstance(v, float)}
     if operation == "check":
         results = {name: t.detach().float().contiguous() for name, t in current.check().items()}
         save_file(results, request["file"])
@@ -556,7 +636,7 @@ def answer(request):
     if operation == "compare":
         return compare(request["file"], request["with"])
     if operation == "probe":
-        return probe()
+        return probe_device() if (p or {}).get("device") == "cuda" else probe()
     raise ValueError(f"no operation {operation}")
 
 

@@ -37,9 +37,9 @@ struct Request: Decodable {
 
 /// What a case is made from; each kind takes its own.
 struct Parameters: Decodable {
-  var folder, inputs, family, dtype, train, name, config, prompts: String?
+  var folder, inputs, family, dtype, train, name, config, prompts, device: String?
   var grid: [Int]?
-  var chunk, trained, rank: Int?
+  var chunk, trained, rank, rows, group, steps, textTokens, checkpointing: Int?
   var updates: [[[Int]]]?
   var charts: [Chart]?
 }
@@ -62,6 +62,7 @@ func make(_ kind: String, _ p: Parameters) throws -> any Case {
   case "reward": try RewardCase(p)
   case "step": try StepCase(p)
   case "loop": try LoopCase(p)
+  case "device": try DeviceCase(p)
   default: throw BenchError("bench-runner: no case of kind \(kind)")
   }
 }
