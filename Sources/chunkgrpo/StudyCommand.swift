@@ -34,7 +34,7 @@ struct StudyCommand: ParsableCommand {
 
   func run() throws {
     let plan = try StudyPlan(Study.load(file: URL(filePath: study)))
-    if reportOnly || dryRun || !json { plan.warnings.forEach { Terminal.line("warning: \($0)") } }
+    for warning in plan.warnings { Terminal.line("warning: \(warning)") }
     let runner = StudyRunner(plan, program: URL(filePath: "/proc/self/exe").resolvingSymlinksInPath())
     runner.line = Terminal.line
     runner.status = Terminal.status

@@ -36,10 +36,11 @@ extension StudyReport {
       }
       tables.append(Table(title: "\(reward), untrained \(number(base[reward]!))", rows: rows))
 
-      guard arms.contains(where: { $0.rewards[reward]?.atEqualSteps != nil }) else { continue }
+      guard arms.contains(where: { $0.rewards[reward]?.gainAtEqualSteps != nil }) else { continue }
       rows = [
         [
-          "arm", "at equal steps", "± 95 %", "− \(reference)", "at equal CPU s", "± 95 %", "− \(reference)",
+          "arm", "gain at equal steps", "± 95 %", "− \(reference)", "gain at equal CPU s", "± 95 %",
+          "− \(reference)",
           "gain per CPU hour",
         ]
       ]
@@ -47,13 +48,13 @@ extension StudyReport {
         let (values, clock) = (arm.rewards[reward]!, arm.clock)
         func cells(_ values: Values?, _ against: Difference?) -> [String] {
           [
-            values.map { number($0.mean) } ?? "", half(values?.ci95),
+            values.map { signed($0.mean) } ?? "", half(values?.ci95),
             against.map { "\(signed($0.difference)) \(interval($0.ci95))" } ?? "",
           ]
         }
         rows.append(
-          [arm.name] + cells(values.atEqualSteps, values.atEqualStepsAgainst)
-            + cells(clock.atEqualCPUSeconds[reward], clock.atEqualCPUSecondsAgainst[reward])
+          [arm.name] + cells(values.gainAtEqualSteps, values.gainAtEqualStepsAgainst)
+            + cells(clock.gainAtEqualCPUSeconds[reward], clock.gainAtEqualCPUSecondsAgainst[reward])
             + [clock.gainPerCPUSecond[reward].map { signed($0.mean * 3600) } ?? ""])
       }
       tables.append(Table(title: "\(reward) on dev, at the cost that every run reached", rows: rows))
@@ -149,7 +150,7 @@ extension StudyReport {
     ]
     return try axes.map { name, label, x in
       let chart = LineChart(
-        title: "\(reward) on dev: mean and 95 % interval over seeds", xLabel: label, yLabel: reward,
+        title: "\(reward) on dev: mean over seeds, 95 % interval of the gain", xLabel: label, yLabel: reward,
         series: mine.map { .init($0.arm, x: x($0), y: $0.mean, low: $0.low, high: $0.high) })
       try chart.write(png: folder.appending(path: "\(file)-\(name).png"))
       try chart.write(svg: folder.appending(path: "\(file)-\(name).svg"))
@@ -157,6 +158,9 @@ extension StudyReport {
     }
   }
 
+  private static func csvNumber(_ x: Double) -> String {
+    x == x.rounded() && abs(x) < 1e15 ? "\(Int(x))" : "\(x)"
+  }
   private static func csv(_ rows: [[String]]) -> String {
     rows.map { row in
       row.map {

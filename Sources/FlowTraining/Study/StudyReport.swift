@@ -37,10 +37,10 @@ public struct StudyReport: Encodable, Sendable {
     public let final: Values
     /// Score above the untrained model's.
     public let gain: Values
-    /// On the dev split, at as many trained steps as every run reached; absent without learning curves.
-    public let atEqualSteps: Values?
+    /// Gain on the dev split after as many trained steps as every run reached; absent without learning curves.
+    public let gainAtEqualSteps: Values?
     /// Of those, paired by seed against the reference arm.
-    public let atEqualStepsAgainst: Difference?
+    public let gainAtEqualStepsAgainst: Difference?
   }
   /// What a clock measured of one arm.
   public struct Clock: Encodable, Sendable {
@@ -50,10 +50,10 @@ public struct StudyReport: Encodable, Sendable {
     public let cpuSeconds: Values
     /// Reward name → gain over the CPU seconds spent on it.
     public let gainPerCPUSecond: [String: Values]
-    /// Reward name → score on the dev split at as many CPU seconds as every run took.
-    public let atEqualCPUSeconds: [String: Values]
+    /// Reward name → gain on the dev split after as many CPU seconds as every run took.
+    public let gainAtEqualCPUSeconds: [String: Values]
     /// Of those, paired by seed against the reference arm.
-    public let atEqualCPUSecondsAgainst: [String: Difference]
+    public let gainAtEqualCPUSecondsAgainst: [String: Difference]
   }
   /// One arm.
   public struct Arm: Encodable, Sendable {
@@ -101,7 +101,9 @@ public struct StudyReport: Encodable, Sendable {
     public let arm, reward: String
     /// Iterations, images generated and trained steps (mean over seeds) at the points.
     public let iterations: [Int], images: [Int], trainedSteps: [Double]
-    /// Mean over seeds on the dev split, and the ends of its interval; no ends for one seed.
+    /// Mean over seeds on the dev split, and that mean with the ends of the gain's interval; no ends for one seed.
+    ///
+    /// Each seed looks at dev with noise of its own, equal for all arms: that part of the spread says nothing of training.
     public let mean, low, high: [Double]
   }
 
@@ -121,7 +123,7 @@ public struct StudyReport: Encodable, Sendable {
   public let arms: [Arm]
   /// All arms against the reference, in all rewards; empty with fewer than two common seeds.
   public let comparisons: [Comparison]
-  /// Trained steps at which `atEqualSteps` compares; null without learning curves.
+  /// Trained steps at which `gainAtEqualSteps` compares; null without learning curves.
   public let equalSteps: Double?
   /// Learning curves on the dev split.
   public let curves: [Curve]
@@ -133,36 +135,47 @@ public struct StudyReport: Encodable, Sendable {
     let run: StudyRun
     let scores: StudyRun.Scores
     let rows: [StudyRun.Row]
+    /// Dev scores of the untrained model, by reward.
+    let start: [String: Double]
     let dev: [Point]
     struct Point {
       let iteration: Int
       let steps, cpuSeconds: Double
-      let rewards: [String: Double]
+      /// By reward.
+      let gains: [String: Double]
     }
 
     init(_ run: StudyRun, _ scores: StudyRun.Scores, start: [String: Double]?) throws {
-      (self.run, self.scores, rows) = (run, scores, try run.rows())
-      var points = start.map { [Point(iteration: 0, steps: 0, cpuSeconds: 0, rewards: $0)] } ?? []
+      (self.run, self.scores, self.start, rows) = (run, scores, start ?? [:], try run.rows())
+      guard let start else {
+        dev = []
+        return
+      }
+      var points = [Point(iteration: 0, steps: 0, cpuSeconds: 0, gains: start.mapValues { _ in 0 })]
       var (steps, cpu) = (0.0, 0.0)
       for row in rows {
         (steps, cpu) = (steps + row.trainedSteps, cpu + row.cpuSeconds)
         if !row.dev.isEmpty {
-          points.append(Point(iteration: row.iteration, steps: steps, cpuSeconds: cpu, rewards: row.dev))
+          let gains = row.dev.compactMap { name, value in start[name].map { (name, value - $0) } }
+          points.append(
+            Point(
+              iteration: row.iteration, steps: steps, cpuSeconds: cpu,
+              gains: Dictionary(uniqueKeysWithValues: gains)))
         }
       }
       dev = points
     }
 
-    /// The curve of `reward` between its points; nil outside of them.
+    /// The gain in `reward` between the points of its curve; nil outside of them.
     func value(_ reward: String, at x: Double, of axis: KeyPath<Point, Double>) -> Double? {
-      let points = dev.filter { $0.rewards[reward] != nil }
+      let points = dev.filter { $0.gains[reward] != nil }
       guard let after = points.firstIndex(where: { $0[keyPath: axis] >= x }) else { return nil }
-      let (b, y) = (points[after], points[after].rewards[reward]!)
+      let (b, y) = (points[after], points[after].gains[reward]!)
       if b[keyPath: axis] == x { return y }
       guard after > 0 else { return nil }
       let a = points[after - 1]
       let share = (x - a[keyPath: axis]) / (b[keyPath: axis] - a[keyPath: axis])
-      return a.rewards[reward]! * (1 - share) + y * share
+      return a.gains[reward]! * (1 - share) + y * share
     }
   }
 
@@ -221,8 +234,8 @@ public struct StudyReport: Encodable, Sendable {
         let atSeconds = { (run: Run) in equalCPU.flatMap { run.value(reward, at: $0, of: \.cpuSeconds) } }
         rewards[reward] = Reward(
           final: try Values(ordered(finals)), gain: try over { final($0)! - start },
-          atEqualSteps: try values(name, atSteps).map { try Values(ordered($0)) },
-          atEqualStepsAgainst: try differences(name, atSteps).map(Difference.init))
+          gainAtEqualSteps: try values(name, atSteps).map { try Values(ordered($0)) },
+          gainAtEqualStepsAgainst: try differences(name, atSteps).map(Difference.init))
         if mine.allSatisfy({ cpu($0) > 0 }) {
           perSecond[reward] = try over { (final($0)! - start) / cpu($0) }
         }
@@ -256,7 +269,8 @@ public struct StudyReport: Encodable, Sendable {
           },
           clock: Clock(
             seconds: try over { $0.rows.reduce(0) { $0 + $1.seconds } }, cpuSeconds: try over(cpu),
-            gainPerCPUSecond: perSecond, atEqualCPUSeconds: atCPU, atEqualCPUSecondsAgainst: atCPUAgainst)))
+            gainPerCPUSecond: perSecond, gainAtEqualCPUSeconds: atCPU,
+            gainAtEqualCPUSecondsAgainst: atCPUAgainst)))
     }
     let corrected = holm(comparisons.map(\.0.p))
     self.comparisons = zip(comparisons, corrected).map { row, p in
@@ -281,18 +295,19 @@ public struct StudyReport: Encodable, Sendable {
   private static func curve(_ reward: String, _ runs: [Run], _ arm: StudyPlan.Arm) throws -> Curve? {
     let tables = runs.map { run in
       Dictionary(
-        uniqueKeysWithValues: run.dev.filter { $0.rewards[reward] != nil }.map { ($0.iteration, $0) })
+        uniqueKeysWithValues: run.dev.filter { $0.gains[reward] != nil }.map { ($0.iteration, $0) })
     }
     let iterations = (tables.first?.keys.sorted() ?? []).filter { i in tables.allSatisfy { $0[i] != nil } }
     guard iterations.contains(where: { $0 > 0 }) else { return nil }
     let points = iterations.map { i in tables.map { $0[i]! } }
-    let summaries = try points.map { try Summary($0.map { $0.rewards[reward]! }) }
+    let summaries = try points.map { try Summary($0.map { $0.gains[reward]! }) }
+    let start = runs.reduce(0) { $0 + $1.start[reward]! } / Double(runs.count)
     return Curve(
       arm: arm.arm.name, reward: reward, iterations: iterations,
       images: iterations.map { $0 * arm.configuration.samplesPerIteration },
       trainedSteps: points.map { $0.reduce(0) { $0 + $1.steps } / Double($0.count) },
-      mean: summaries.map(\.mean), low: summaries.compactMap { $0.ci95?.low },
-      high: summaries.compactMap { $0.ci95?.high })
+      mean: summaries.map { start + $0.mean }, low: summaries.compactMap { $0.ci95.map { start + $0.low } },
+      high: summaries.compactMap { $0.ci95.map { start + $0.high } })
   }
 
   private static func notes(_ plan: StudyPlan, _ runs: [Run], _ comparisons: [Comparison]) -> [String] {

@@ -119,6 +119,13 @@ public struct StudyRun: Sendable {
     let dev: [String: Double]
   }
 
+  /// Iterations that have a row, at the most one of them cut off.
+  var iterationsDone: Int {
+    FileManager.default.contents(atPath: RunFolder(folder).metricsFile.path)?.count {
+      $0 == UInt8(ascii: "\n")
+    } ?? 0
+  }
+
   /// Whole rows, in order.
   func rows() throws -> [Row] {
     guard let data = FileManager.default.contents(atPath: RunFolder(folder).metricsFile.path) else {

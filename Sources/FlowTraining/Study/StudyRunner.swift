@@ -49,15 +49,13 @@ public final class StudyRunner {
   /// - Throws: ``StudyError`` with the problems of all arms.
   public func outlook() throws -> [Outlook] {
     var problems: [String] = []
-    let scratch = FileManager.default.temporaryDirectory.appending(
-      path: "chunkgrpo-study-\(UUID().uuidString)")
-    try FileManager.default.createDirectory(at: scratch, withIntermediateDirectories: true)
+    let scratch = try Self.temporaryFolder()
     defer { try? FileManager.default.removeItem(at: scratch) }
     var result: [Outlook] = []
     for arm in plan.arms {
       let runs = plan.runs.filter { $0.arm == arm.arm.name }
       do {
-        let (passes, peak) = try check(arm, scratch)
+        let (passes, peak) = try check(arm)
         var row = try runs.lazy.compactMap { try $0.rows().last }.first
         if row == nil {
           status("arm \(arm.arm.name): timing one iteration")
@@ -98,8 +96,16 @@ public final class StudyRunner {
     return result
   }
 
+  private static func temporaryFolder() throws -> URL {
+    let url = FileManager.default.temporaryDirectory.appending(path: "chunkgrpo-study-\(UUID().uuidString)")
+    try FileManager.default.createDirectory(at: url, withIntermediateDirectories: true)
+    return url
+  }
+
   /// What `train --dry-run` says of an arm.
-  private func check(_ arm: StudyPlan.Arm, _ scratch: URL) throws -> (passes: String, peak: Int) {
+  private func check(_ arm: StudyPlan.Arm) throws -> (passes: String, peak: Int) {
+    let scratch = try Self.temporaryFolder()
+    defer { try? FileManager.default.removeItem(at: scratch) }
     let run = plan.runs.first { $0.arm == arm.arm.name }!
     status("arm \(arm.arm.name): checking model and prompts")
     let child = try launch(
@@ -119,7 +125,7 @@ public final class StudyRunner {
   ///
   /// Small models waste a second core on waiting: `auto` gives each run one core where there is memory for as many.
   public func processes(peak: Int) -> (count: Int, threads: Int?) {
-    let cores = ProcessInfo.processInfo.activeProcessorCount
+    let cores = Self.cores
     let count: Int
     switch plan.study.parallel {
     case .processes(let n): count = n
@@ -130,40 +136,43 @@ public final class StudyRunner {
     return (count, count == 1 ? nil : max(1, cores / count))
   }
 
+  /// Cores that this process may use.
+  private static var cores: Int {
+    let status = (try? String(contentsOfFile: "/proc/self/status", encoding: .utf8)) ?? ""
+    let mask = status.split(separator: "\n").first { $0.hasPrefix("Cpus_allowed:") }?.split(separator: "\t")
+      .last
+    let count = mask?.reduce(0) { $0 + ($1.hexDigitValue ?? 0).nonzeroBitCount } ?? 0
+    return count > 0 ? count : ProcessInfo.processInfo.activeProcessorCount
+  }
+
   // MARK: running
 
   /// Does what is left to be done. On SIGINT or SIGTERM the runs stop at an iteration boundary, and another call goes on.
   public func run() throws {
-    _ = try states()  // nothing is written into a folder that holds something else
+    func open() throws -> [StudyRun] { try states().filter { $0.state.scores == nil }.map(\.run) }
+    // Before anything is written: every arm that is to be trained is checked with its model.
+    let unchecked = Set(try open().map(\.arm))
+    var (problems, peak) = ([String](), 0)
+    for arm in plan.arms where unchecked.contains(arm.arm.name) {
+      do { peak = max(peak, try check(arm).peak) } catch let interrupted as Interrupted {
+        throw interrupted
+      } catch { problems.append("\(error)") }
+    }
+    guard problems.isEmpty else { throw StudyError(problems: problems) }
     try FileManager.default.createDirectory(at: logs, withIntermediateDirectories: true)
     let lock = try RunFolder(plan.folder).lock()
     defer { withExtendedLifetime(lock) {} }
-    let states = try states()
-    let open = states.filter { $0.state.scores == nil }.map(\.run)
-    // Before any work: every arm that is to be trained is checked with its model.
-    let scratch = FileManager.default.temporaryDirectory.appending(
-      path: "chunkgrpo-study-\(UUID().uuidString)")
-    try FileManager.default.createDirectory(at: scratch, withIntermediateDirectories: true)
-    defer { try? FileManager.default.removeItem(at: scratch) }
-    var (problems, peak) = ([String](), 0)
-    for arm in plan.arms where open.contains(where: { $0.arm == arm.arm.name }) {
-      do { peak = max(peak, try check(arm, scratch).peak) } catch let interrupted as Interrupted {
-        throw interrupted
-      } catch {
-        problems.append("\(error)")
-      }
-    }
-    guard problems.isEmpty else { throw StudyError(problems: problems) }
+    let left = try open()
 
     let (count, threads) = processes(peak: peak)
-    if !open.isEmpty {
+    if !left.isEmpty {
       line(
-        "\(open.count) of \(states.count) runs to do, \(count) side by side\(threads.map { ", \($0) thread\($0 == 1 ? "" : "s") each" } ?? "")"
+        "\(left.count) of \(plan.runs.count) runs to do, \(count) side by side\(threads.map { ", \($0) thread\($0 == 1 ? "" : "s") each" } ?? "")"
       )
     }
     try AtomicFile.write(Data(plan.base.yaml().utf8), to: baseFile)
     var work: [() throws -> Task?] = baselines().map { task in { task } }
-    work += open.map { run in { try self.train(run) } }
+    work += left.map { run in { try self.train(run) } }
     try execute(work, count: count, threads: threads)
   }
 
@@ -243,9 +252,15 @@ public final class StudyRunner {
     var waiting = work[...]
     var running: [(task: Task, child: Child)] = []
     let total = work.count
+    func iterationsLeft() -> Int {
+      plan.runs.reduce(0) { $0 + max(0, $1.configuration.run.iterations - $1.iterationsDone) }
+    }
+    let (start, first) = (ContinuousClock.now, iterationsLeft())
+    var tick = 0
     do {
       while !waiting.isEmpty || !running.isEmpty {
         try Interruption.check()
+        usleep(50_000)
         while running.count < count, let next = waiting.popFirst() {
           if let task = try next() {
             running.append((task, try launch(task.arguments, task.log, threads: threads, name: task.name)))
@@ -257,10 +272,15 @@ public final class StudyRunner {
             running.append((next, try launch(next.arguments, next.log, threads: threads, name: next.name)))
           }
         }
+        tick += 1
+        guard tick % 20 == 0 else { continue }
+        let left = iterationsLeft()
+        let minutes =
+          (ContinuousClock.now - start) / .seconds(60) * Double(left) / Double(max(1, first - left))
         status(
-          "\(total - waiting.count - running.count) of \(total) done · "
-            + running.map { describe($0.task) }.joined(separator: " · "))
-        usleep(50_000)
+          (["\(total - waiting.count - running.count) of \(total) done"]
+            + (left < first ? ["training ends in about \(Int(minutes.rounded(.up))) min"] : [])
+            + running.map { describe($0.task) }).joined(separator: " · "))
       }
     } catch {
       // Children stop at an iteration boundary and save; a second signal to this process leaves them to do so alone.
@@ -271,8 +291,7 @@ public final class StudyRunner {
   }
 
   private func describe(_ task: Task) -> String {
-    guard let run = task.run, let rows = try? run.rows() else { return task.name }
-    return "\(task.name) \(rows.count)/\(run.configuration.run.iterations)"
+    task.run.map { "\(task.name) \($0.iterationsDone)/\($0.configuration.run.iterations)" } ?? task.name
   }
 
   // MARK: processes
@@ -281,16 +300,21 @@ public final class StudyRunner {
     let name: String
     let process: Process
     let out, log: URL
+    /// Whether the log outlives the error.
+    let isKept: Bool
 
     /// What it printed.
     func output() throws -> Data {
       let (status, killed) = (process.terminationStatus, process.terminationReason == .uncaughtSignal)
       guard status == 0, !killed else {
         let said = (try? String(contentsOf: log, encoding: .utf8)) ?? ""
-        let end = said.split(separator: "\n").suffix(3).joined(separator: "\n         ")
+        let end = said.split(separator: "\n").filter { !$0.hasPrefix("$ ") }.suffix(3)
         throw RunError(
-          "\(name) ended with \(killed ? "signal" : "status") \(status): \(end.isEmpty ? "it said nothing" : end)\n"
-            + "         everything it said: \(log.path); what is done stays: run the study again when this is solved"
+          "\(name) ended with \(killed ? "signal" : "status") \(status): "
+            + (end.isEmpty ? "it said nothing" : end.joined(separator: "\n  "))
+            + (isKept
+              ? "\n  all it said is in \(log.path); what is done stays: solve this and run the study again"
+              : "")
         )
       }
       return try Data(contentsOf: out)
@@ -319,7 +343,8 @@ public final class StudyRunner {
     )
     try process.run()
     for handle in handles { try handle.close() }
-    return Child(name: name, process: process, out: out, log: log)
+    return Child(
+      name: name, process: process, out: out, log: log, isKept: log.deletingLastPathComponent() == logs)
   }
 
   /// Waits for one process; an interruption ends it.
