@@ -108,9 +108,11 @@ struct StudyCommandTests {
     let expected = try Self.unbroken.get().outcome
     // As `kill -9` leaves it: its runs notice that it is gone, and stop.
     var study = try Tool.start(["study", "study.yaml"], in: scratch)
-    try #require(waitUntil(limit: 120) { rows("step/seed-1") > 2 || !study.isRunning })
+    try #require(waitUntil(limit: 120) { rows("step/seed-1") > 0 || !study.isRunning })
     study.send(SIGKILL)
     try #require(try study.wait().killed)
+    #expect(waitUntil(limit: 20) { processes == 0 })
+    #expect(rows("step/seed-1") < 6)
     for (signal, word, run) in [
       (SIGINT, "interrupted", "sequence/seed-2"), (SIGTERM, "terminated", "sequence/seed-3"),
     ] {

@@ -285,12 +285,16 @@ struct StudyTests {
     var mine = study([.init("a", ["chunk.plan=step"]), .init("b")])
     let plan = try StudyPlan(mine)
     let run = plan.runs[0], arguments = plan.evaluateArguments(run.folder.path)
-    guard case .new = try run.state(scoredBy: arguments) else { return #expect(Bool(false)) }
+    guard case .new = try run.state(scoredBy: arguments) else {
+      Issue.record("not new")
+      return
+    }
     try fake(run, plan, final: 0.5, dev: [0.4, 0.4], steps: 1, cpu: 1)
     #expect(try run.state(scoredBy: arguments).scores?.rewards["vivid"]?.mean == 0.5)
     // Scored otherwise: only the score is made again.
-    guard case .started(4) = try run.state(scoredBy: arguments + ["--seed", "2"]) else {
-      return #expect(Bool(false))
+    guard case .started(iterations: 4) = try run.state(scoredBy: arguments + ["--seed", "2"]) else {
+      Issue.record("not to be scored again")
+      return
     }
 
     mine.arms[0].overrides = ["chunk.plan=fixed:2", "optim.lr=2e-3"]

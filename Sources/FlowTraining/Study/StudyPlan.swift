@@ -53,11 +53,15 @@ public struct StudyPlan: Sendable {
     require(!study.seeds.isEmpty, "seeds: missing; list some, such as [1, 2, 3, 4, 5]")
     require(Set(study.seeds).count == study.seeds.count, "seeds: \(study.seeds) holds one twice")
     require(study.arms.count > 0, "arms: missing; give at least one, a name with a list of key=value")
+    // Its folder lies beside the study's own files.
+    let taken = ["base", "logs"], extensions = ["yaml", "md", "json", "csv", "png", "svg"]
     for arm in study.arms {
       require(
-        !arm.name.isEmpty && !arm.name.hasPrefix(".")
+        !arm.name.isEmpty && !arm.name.hasPrefix(".") && !taken.contains(arm.name)
+          && !extensions.contains(where: { arm.name.hasSuffix(".\($0)") })
           && arm.name.allSatisfy { $0.isASCII && ($0.isLetter || $0.isNumber || "._+-".contains($0)) },
-        "arms.\(arm.name): a name is also a folder: use letters, digits, and . _ + - inside")
+        "arms.\(arm.name): a name is also a folder: use letters, digits and . _ + -, and not \(taken.joined(separator: ", ")) or a file's extension"
+      )
     }
     let names = study.arms.map(\.name)
     reference = study.reference ?? names.first ?? ""
