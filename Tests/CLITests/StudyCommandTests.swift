@@ -154,6 +154,23 @@ struct StudyCommandTests {
     #expect(!source.exists("out/new"))
   }
 
+  @Test("a run that fails ends the study with its words and its log; what is done stays")
+  func failure() throws {
+    try scratch.write(
+      "base: config.yaml\noutput: out\narms: {a: [], b: [optim.lr=1e30]}\nseeds: [1, 2]\nparallel: 1\n",
+      to: "study.yaml")
+    let result = try Tool.run(["study", "study.yaml"], in: scratch)
+    #expect(result.status == 1 && result.out.isEmpty)
+    for words in [
+      "arm b, seed 1: train ended with status 1: error: ", "optim.lr", scratch.path("out/logs/b-seed-1.log"),
+    ] {
+      #expect(result.err.contains(words), "\(words) is not in \(result.err)")
+    }
+    #expect(scratch.exists("out/a/seed-1/summary.json") && !scratch.exists("out/a/seed-2"))
+    let report = try Tool.run(["study", "study.yaml", "--report-only", "--json"], in: scratch).json()
+    #expect(report["runs_done"] as? Int == 1)
+  }
+
   @Test("bad studies fail before anything is written, with every problem", arguments: [false, true])
   func badInput(dryRun: Bool) throws {
     try scratch.write(

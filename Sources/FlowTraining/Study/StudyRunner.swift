@@ -344,7 +344,7 @@ public final class StudyRunner {
     try process.run()
     for handle in handles { try handle.close() }
     return Child(
-      name: name, process: process, out: out, log: log, isKept: log.deletingLastPathComponent() == logs)
+      name: name, process: process, out: out, log: log, isKept: log.path.hasPrefix(logs.path))
   }
 
   /// Waits for one process; an interruption ends it.
