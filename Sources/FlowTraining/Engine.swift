@@ -42,7 +42,8 @@ public final class Engine {
       guidance = c.sampling.guidance
       network =
         guidance ?? 1 > 1
-        ? TimedNetwork(GuidedFlowModel(model, negative: try encoder(c.sampling.negative)))
+        ? TimedNetwork(
+          GuidedFlowModel(model, negative: try encoder(c.sampling.negative)), passesOfRow: 2)
         : TimedNetwork(model)
     }
   }

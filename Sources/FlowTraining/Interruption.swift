@@ -14,6 +14,9 @@ public struct Interrupted: Error, Sendable, CustomStringConvertible {
 public enum Interruption {
   // Written by the handler only, which may not lock or allocate.
   nonisolated(unsafe) private static var received: sig_atomic_t = 0
+  /// Environment variable that holds the process without which this one is to stop: a study's, for its runs.
+  static let parentVariable = "CHUNKGRPO_PARENT"
+  private static let parent = ProcessInfo.processInfo.environment[parentVariable].flatMap { Int32($0) }
 
   /// Watches for signals from now on; a second one ends the process as usual.
   public static func watch() {
@@ -25,8 +28,9 @@ public enum Interruption {
     }
   }
 
-  /// Throws if a signal has come.
+  /// Throws if a signal has come, or the study is gone that this run belongs to.
   public static func check() throws {
     if received != 0 { throw Interrupted(signal: Int32(received)) }
+    if let parent, getppid() != parent { throw Interrupted(signal: SIGTERM) }
   }
 }

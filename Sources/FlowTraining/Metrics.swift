@@ -47,15 +47,26 @@ struct Stopwatch {
     }
     return try body()
   }
+
+  /// CPU seconds of this process, over all threads.
+  static var processSeconds: Double {
+    var time = timespec()
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &time)
+    return Double(time.tv_sec) + Double(time.tv_nsec) * 1e-9
+  }
 }
 
 /// A network with the wall-clock seconds of its forward and backward passes, to tell what else an iteration costs.
 public final class TimedNetwork: FlowModel {
   private let base: any FlowModel
+  private let passesOfRow: Int
   private var clock = Stopwatch()
+  private var passes = 0
 
-  /// Times `base`.
-  public init(_ base: any FlowModel) { self.base = base }
+  /// Times `base`, which takes `passesOfRow` passes of the transformer for a row of latents.
+  public init(_ base: any FlowModel, passesOfRow: Int = 1) {
+    (self.base, self.passesOfRow) = (base, passesOfRow)
+  }
 
   /// The base network's.
   public var modules: ModuleRegistry { base.modules }
@@ -64,7 +75,10 @@ public final class TimedNetwork: FlowModel {
   public func velocity(_ latents: Tensor, times: Tensor, condition: Condition, guidance: Double?) throws
     -> Tensor
   {
-    try clock.time("") { try base.velocity(latents, times: times, condition: condition, guidance: guidance) }
+    passes += latents.size(0) * passesOfRow
+    return try clock.time("") {
+      try base.velocity(latents, times: times, condition: condition, guidance: guidance)
+    }
   }
 
   /// Back-propagates through passes of this network.
@@ -76,5 +90,11 @@ public final class TimedNetwork: FlowModel {
   func takeSeconds() -> Double {
     defer { clock = Stopwatch() }
     return clock.seconds[""] ?? 0
+  }
+
+  /// Forward passes since the last call, one a row, rows that only fill a batch included.
+  func takePasses() -> Int {
+    defer { passes = 0 }
+    return passes
   }
 }

@@ -4,7 +4,8 @@ import Foundation
 import Pictures
 import Torch
 
-/// A model as users name one: a model folder, an adapter, a checkpoint or a run.
+/// A model as users name one: a model folder, an adapter, a checkpoint, a run, or a configuration for its untrained
+/// model as a run of it would draw.
 public struct ModelReference: Sendable {
   /// The configuration it was trained with, or the defaults around a model folder.
   public private(set) var configuration: Configuration
@@ -25,6 +26,12 @@ public struct ModelReference: Sendable {
     var isFolder: ObjCBool = false
     guard files.fileExists(atPath: url.path, isDirectory: &isFolder) else {
       throw RunError("\(path): no such model folder, adapter, checkpoint or run")
+    }
+    if !isFolder.boolValue, ["yaml", "yml"].contains(url.pathExtension) {
+      configuration = try Configuration.load(file: url)
+      try configuration.validate()
+      steps = configuration.sampling.steps
+      return
     }
     func exists(_ name: String) -> Bool { files.fileExists(atPath: url.appending(path: name).path) }
     if isFolder.boolValue, exists("model_index.json") {

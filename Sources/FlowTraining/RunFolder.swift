@@ -56,6 +56,18 @@ public struct RunFolder: Sendable {
     }
   }
 
+  /// Keeps other processes from writing here while the returned lock lives; one that is about to end is waited for.
+  ///
+  /// - Throws: ``RunError`` if the folder stays locked for `patience` seconds.
+  public func lock(patience: Double = 20) throws -> FolderLock {
+    let end = ContinuousClock.now + .seconds(patience)
+    repeat {
+      if let lock = FolderLock(url) { return lock }
+      usleep(50_000)
+    } while ContinuousClock.now < end
+    throw RunError("\(url.path): another process is writing there: wait for it, or end it")
+  }
+
   /// Stores a configuration whose run.* keys were changed on resuming, so that the next resume knows them.
   func update(_ configuration: Configuration) throws {
     try AtomicFile.write(Data(configuration.yaml().utf8), to: configFile)
@@ -194,10 +206,29 @@ public struct RunFolder: Sendable {
 
   private static func describe(_ file: URL) throws -> State.File {
     let data = try Data(contentsOf: file, options: .mappedIfSafe)
-    // FNV-1a, 64 bits: finds cuts and bit rot; it is no protection against intent.
+    return State.File(bytes: data.count, checksum: checksum(data))
+  }
+
+  /// FNV-1a, 64 bits: finds cuts and bit rot; it is no protection against intent.
+  static func checksum(_ data: Data) -> String {
     let hash = data.withUnsafeBytes { bytes in
       bytes.reduce(UInt64(0xCBF2_9CE4_8422_2325)) { ($0 ^ UInt64($1)) &* 0x100_0000_01B3 }
     }
-    return State.File(bytes: data.count, checksum: String(hash, radix: 16))
+    return String(hash, radix: 16)
   }
+}
+
+/// A lock on a folder, gone with the process at the latest.
+public final class FolderLock {
+  private let descriptor: Int32
+
+  /// nil if another process has it.
+  init?(_ folder: URL) {
+    descriptor = open(folder.path, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
+    guard descriptor >= 0, flock(descriptor, LOCK_EX | LOCK_NB) == 0 else {
+      if descriptor >= 0 { close(descriptor) }
+      return nil
+    }
+  }
+  deinit { close(descriptor) }
 }

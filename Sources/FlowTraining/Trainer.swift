@@ -168,6 +168,9 @@ public final class Trainer {
   public func step() throws -> MetricsRow {
     var clock = Stopwatch()
     var row = MetricsRow()
+    // What an evaluation left is not this iteration's.
+    _ = (engine.network.takeSeconds(), engine.network.takePasses())
+    let spent = Stopwatch.processSeconds
     let batch = samplesOfIteration()
     let conditions = try batch.map { try engine.encoder($0.prompt.text) }
 
@@ -193,6 +196,9 @@ public final class Trainer {
     row.seconds = clock.seconds
     row.values["images_per_s"] = Double(batch.count) / clock.seconds.values.reduce(0, +)
     row.seconds["network"] = engine.network.takeSeconds()
+    row.seconds["cpu"] = Stopwatch.processSeconds - spent
+    row.counts["network_passes"] = engine.network.takePasses()
+    row.counts["trained_steps"] = samples.reduce(0) { $0 + $1.chunks.reduce(0) { $0 + $1.steps.count } }
     try look(&row)
     return row
   }

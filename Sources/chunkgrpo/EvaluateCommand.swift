@@ -14,7 +14,8 @@ struct Evaluate: ParsableCommand {
         chunkgrpo evaluate Models/flux-mini --reward scenes:strict --json
       """)
 
-  @Argument(help: "A model folder, an adapter, a checkpoint or a run.")
+  @Argument(
+    help: "A model folder, an adapter, a checkpoint or a run; a configuration (YAML): its untrained model.")
   var model: String
   @Option(help: ArgumentHelp("Compare with this model, prompt by prompt.", valueName: "model"))
   var against: String?

@@ -45,8 +45,11 @@ struct Train: ParsableCommand {
     let (configuration, memory) = try MemoryModel.fit(given)
     let trainer = try Trainer(configuration, folder: folder)
     if dryRun { return try describe(trainer, memory) }
-    if resume == nil { try folder.create(configuration) }
     Interruption.watch()
+    try Interruption.check()
+    if resume == nil { try folder.create(configuration) }
+    let lock = try folder.lock()
+    defer { withExtendedLifetime(lock) {} }
     let progress = TrainingProgress()
     var last: MetricsRow?
     trainer.report = { event in
@@ -80,13 +83,7 @@ struct Train: ParsableCommand {
       return (try Configuration.applyResume(base: base, overrides: options.overrides), folder)
     }
     var configuration = try Configuration.load(file: URL(filePath: config!), overrides: options.overrides)
-    // Absolute, so that the run can be continued and evaluated from any directory.
-    configuration.model = URL(filePath: configuration.model).standardizedFileURL.path
-    if !["auto", "memory"].contains(configuration.prompts.embeddings) {
-      configuration.prompts.embeddings =
-        URL(filePath: configuration.prompts.embeddings).standardizedFileURL.path
-    }
-    configuration.prompts.file = URL(filePath: configuration.prompts.file).standardizedFileURL.path
+    configuration.makePathsAbsolute()
     return (configuration, RunFolder(URL(filePath: configuration.output)))
   }
 

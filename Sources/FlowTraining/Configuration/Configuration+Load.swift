@@ -11,15 +11,7 @@ extension Configuration {
   public static func load(
     file: URL, overrides: [String] = []
   ) throws(ConfigurationError) -> Configuration {
-    let name = file.relativePath
-    let data: Data
-    do { data = try Data(contentsOf: file) } catch {
-      throw .unreadable(file: name, reason: FileProblem.reason(file))
-    }
-    if let bad = FileProblem.invalidUTF8(data) {
-      throw .unreadable(file: name, reason: "not UTF-8 at byte \(bad.offset), line \(bad.line)")
-    }
-    var configuration = try parse(String(decoding: data, as: UTF8.self), source: name)
+    var configuration = try parse(try text(of: file), source: file.relativePath)
     configuration.resolvePaths(against: file.absoluteURL.deletingLastPathComponent())
     return try configuration.applying(overrides)
   }
@@ -60,6 +52,28 @@ extension Configuration {
 }
 
 extension Configuration {
+  /// The UTF-8 text of a file.
+  static func text(of file: URL) throws(ConfigurationError) -> String {
+    let name = file.relativePath
+    let data: Data
+    do { data = try Data(contentsOf: file) } catch {
+      throw .unreadable(file: name, reason: FileProblem.reason(file))
+    }
+    if let bad = FileProblem.invalidUTF8(data) {
+      throw .unreadable(file: name, reason: "not UTF-8 at byte \(bad.offset), line \(bad.line)")
+    }
+    return String(decoding: data, as: UTF8.self)
+  }
+
+  /// Makes paths independent of the current directory, so that a run can be continued and evaluated from any;
+  /// ``output`` is left as it is.
+  public mutating func makePathsAbsolute() {
+    func absolute(_ path: inout String) { path = URL(filePath: path).standardizedFileURL.path }
+    absolute(&model)
+    absolute(&prompts.file)
+    if !["auto", "memory"].contains(prompts.embeddings) { absolute(&prompts.embeddings) }
+  }
+
   private static func parse(_ yaml: String, source: String) throws(ConfigurationError) -> Configuration {
     let place = Place(source: source, isFile: true)
     let text = yaml.hasPrefix("\u{FEFF}") ? String(yaml.dropFirst()) : yaml
@@ -67,7 +81,7 @@ extension Configuration {
     return try read(node, over: nil, place)
   }
 
-  private static func compose(_ yaml: String, _ place: Place) throws(ConfigurationError) -> Node? {
+  static func compose(_ yaml: String, _ place: Place) throws(ConfigurationError) -> Node? {
     do {
       return try Yams.compose(yaml: yaml)
     } catch YamlError.duplicatedKeysInMapping(let keys, let context) {
@@ -121,16 +135,18 @@ extension Configuration {
     return configuration
   }
 
-  private mutating func resolvePaths(against folder: URL) {
-    func resolve(_ path: inout String) {
-      let beside = folder.appendingPathComponent(path).standardizedFileURL.path
-      let files = FileManager.default
-      if !path.isEmpty, !path.hasPrefix("/"), !files.fileExists(atPath: path),
-        files.fileExists(atPath: beside)
-      {
-        path = beside
-      }
+  /// Turns a relative `path` that only `folder` has into an absolute one.
+  static func resolve(_ path: inout String, against folder: URL) {
+    let beside = folder.appendingPathComponent(path).standardizedFileURL.path
+    let files = FileManager.default
+    if !path.isEmpty, !path.hasPrefix("/"), !files.fileExists(atPath: path), files.fileExists(atPath: beside)
+    {
+      path = beside
     }
+  }
+
+  private mutating func resolvePaths(against folder: URL) {
+    func resolve(_ path: inout String) { Self.resolve(&path, against: folder) }
     resolve(&model)
     resolve(&output)
     resolve(&prompts.file)

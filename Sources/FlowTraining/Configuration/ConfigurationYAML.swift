@@ -47,6 +47,8 @@ extension Configuration {
   protocol Section: Value {
     init()
     static var fields: [Field<Self>] { get }
+    /// Dotted keys of the whole document, where a key may have been meant that is not in this section.
+    static var known: [String] { get }
   }
 
   /// One key of a section.
@@ -182,6 +184,12 @@ extension Configuration.Value {
 
 extension Configuration.Section {
   static var keys: [String] { fields.map(\.name) }
+  static var known: [String] { dotted(Configuration.fields) }
+
+  /// Names of `fields` and, dotted, of the fields in them.
+  static func dotted<Parent>(_ fields: [Configuration.Field<Parent>]) -> [String] {
+    fields.flatMap { section in [section.name] + section.children.map { "\(section.name).\($0)" } }
+  }
 
   static func read(
     _ node: Node, over current: Self?, _ place: Configuration.Place
@@ -194,7 +202,7 @@ extension Configuration.Section {
       guard let field = fields.first(where: { $0.name == name }) else {
         throw .unknownKey(
           at: place.at(key.mark), path: place[name].path,
-          nearest: Configuration.nearestKey(to: name, among: fields.map(\.name), in: place))
+          nearest: Configuration.nearestKey(to: name, among: fields.map(\.name), in: place, elsewhere: known))
       }
       try field.read(&section, value, place)
     }
@@ -335,12 +343,11 @@ extension Node.Scalar {
 extension Configuration {
   /// The dotted key the writer probably meant: the same name in another section, otherwise the key of this
   /// section with the smallest edit distance.
-  static func nearestKey(to name: String, among keys: [String], in place: Place) -> String {
+  static func nearestKey(
+    to name: String, among keys: [String], in place: Place, elsewhere: [String]
+  ) -> String {
     let name = normal(name)
     let best = keys.map { ($0, editDistance(name, normal($0))) }.min { $0.1 < $1.1 }!
-    let elsewhere = fields.flatMap { section in
-      ([section.name] + section.children.map { "\(section.name).\($0)" })
-    }
     if best.1 > 0, let twin = elsewhere.first(where: { normal($0.split(separator: ".").last!) == name }) {
       return twin
     }
