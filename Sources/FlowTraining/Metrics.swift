@@ -13,10 +13,10 @@ public struct MetricsRow: Sendable {
   public var values: [String: Double] = [:]
   /// Named counts.
   public var counts: [String: Int] = [:]
-  /// Sizes of the chunks of the static plan.
+  /// Sizes of the chunks of the plan; where every sample has its own, of that of the mean change curve.
   public var chunkSizes: [Int] = []
-  /// Chance of each chunk to be drawn.
-  public var drawProbabilities: [Double] = []
+  /// Chance of each of these chunks to be the one drawn next, and to be among the drawn.
+  public var drawProbabilities: [Double] = [], inclusion: [Double] = []
   /// Wall-clock seconds of rollout, decode, reward and update.
   public var seconds: [String: Double] = [:]
 
@@ -29,6 +29,7 @@ public struct MetricsRow: Sendable {
     object["update"] = update
     object["chunk_sizes"] = chunkSizes
     object["draw_p"] = drawProbabilities.map(number)
+    object["draw_inclusion"] = inclusion.map(number)
     object["seconds"] = seconds.mapValues(number)
     let data = try JSONSerialization.data(
       withJSONObject: object, options: [.sortedKeys, .withoutEscapingSlashes])
@@ -53,6 +54,7 @@ struct Stopwatch {
 public final class TimedNetwork: FlowModel {
   private let base: any FlowModel
   private var clock = Stopwatch()
+  private var rows = 0
 
   /// Times `base`.
   public init(_ base: any FlowModel) { self.base = base }
@@ -64,12 +66,21 @@ public final class TimedNetwork: FlowModel {
   public func velocity(_ latents: Tensor, times: Tensor, condition: Condition, guidance: Double?) throws
     -> Tensor
   {
-    try clock.time("") { try base.velocity(latents, times: times, condition: condition, guidance: guidance) }
+    rows += latents.size(0)
+    return try clock.time("") {
+      try base.velocity(latents, times: times, condition: condition, guidance: guidance)
+    }
   }
 
   /// Back-propagates through passes of this network.
   func backward(_ output: Tensor, _ gradient: Tensor) throws {
     try clock.time("") { try output.backward(gradient) }
+  }
+
+  /// Rows of forward passes since the last call, repeats that fill up a pass included.
+  func takeRows() -> Int {
+    defer { rows = 0 }
+    return rows
   }
 
   /// Seconds since the last call.

@@ -9,10 +9,14 @@ public struct UpdateSample: Sendable {
   public let row: Int
   /// A.
   public let advantage: Double
-  /// The drawn chunks: steps and weight W_j.
-  public let chunks: [(steps: Range<Int>, weight: Double)]
-  /// Creates a sample's part.
+  /// The drawn chunks: the steps trained on and weight W_j.
+  public let chunks: [(steps: [Int], weight: Double)]
+  /// Creates a sample's part from whole chunks.
   public init(row: Int, advantage: Double, chunks: [(steps: Range<Int>, weight: Double)]) {
+    self.init(row: row, advantage: advantage, steps: chunks.map { (Array($0.steps), $0.weight) })
+  }
+  /// Creates a sample's part from some steps of each drawn chunk.
+  public init(row: Int, advantage: Double, steps chunks: [(steps: [Int], weight: Double)]) {
     self.row = row
     self.advantage = advantage
     self.chunks = chunks

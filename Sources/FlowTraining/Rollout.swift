@@ -18,12 +18,15 @@ public struct Trajectories {
     self.logProbabilities = logProbabilities
   }
 
-  /// d_i of every sample over steps 0 … N−1, the dynamics that adaptive plans read.
-  public func dynamics(_ distance: Distance) throws -> [[Double]] {
-    let (steps, samples) = (states.size(0) - 1, states.size(1))
-    return try (0..<samples).map { s in
-      let x = try (0...steps).map { try states[$0][s].floats() }
-      return (0..<steps - 1).map { distance(from: x[$0], to: x[$0 + 1]) }
+  /// d_i of every sample over its steps, the dynamics that adaptive plans and weighted draws read.
+  ///
+  /// - Parameter steps: the trainable steps of each sample; nil for 0 … N−1.
+  /// - Returns: one curve a sample, with a value for each of its steps.
+  public func dynamics(_ distance: Distance, over steps: [Range<Int>]? = nil) throws -> [[Double]] {
+    try (0..<states.size(1)).map { s in
+      let steps = steps?[s] ?? 0..<(states.size(0) - 2)
+      let x = try (steps.lowerBound...steps.upperBound).map { try states[$0][s].floats() }
+      return zip(x, x.dropFirst()).map { distance(from: $0, to: $1) }
     }
   }
 }

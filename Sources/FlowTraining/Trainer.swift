@@ -94,7 +94,7 @@ public final class Trainer {
     let c = configuration
     let total = engine.network.modules.parameters.reduce(0) { $0 + $1.tensor.count }
     let plan = (try? strategy.plan(steps: window.count))?.sizes.description ?? strategy.description
-    let trained = (try? averageTrainedSteps()) ?? 0
+    let trained = (try? averageTrainedSteps()).map { "about \(Int($0.rounded())) in updates" }
     return [
       ("prompts", "\(prompts.count) (\(c.prompts.split))"),
       ("images per iteration", "\(c.samplesPerIteration)"),
@@ -105,7 +105,7 @@ public final class Trainer {
       ("chunks over steps \(window.lowerBound)…\(window.upperBound - 1)", plan),
       (
         "forward passes per iteration",
-        "\(c.samplesPerIteration * c.sampling.steps) in rollouts, about \(Int(trained.rounded())) in updates"
+        "\(c.samplesPerIteration * c.sampling.steps) in rollouts, \(trained ?? "updates follow the latents")"
       ),
       ("optimizer steps", "\(c.run.iterations * c.optim.updatesPerIteration)"),
     ]
@@ -114,8 +114,9 @@ public final class Trainer {
   private func averageTrainedSteps() throws -> Double {
     let plan = try strategy.plan(steps: window.count)
     let inclusion = try draw.inclusionProbabilities(of: plan, fraction: configuration.chunk.fraction)
-    return zip(plan.sizes, inclusion).reduce(0) { $0 + Double($1.0) * $1.1 }
-      * Double(configuration.samplesPerIteration)
+    return try zip(plan.sizes, inclusion).reduce(0) {
+      $0 + Double(try ChunkDraw.count(chunks: $1.0, fraction: configuration.chunk.stepFraction)) * $1.1
+    } * Double(configuration.samplesPerIteration)
   }
 
   /// Rows of every forward pass of rollout and update alike.
@@ -171,6 +172,7 @@ public final class Trainer {
     let conditions = try batch.map { try engine.encoder($0.prompt.text) }
 
     let trajectories = try clock.time("rollout") { try rollout(batch, conditions) }
+    row.counts["rows_rollout"] = engine.network.takeRows()
     let images = try clock.time("decode") {
       let last =
         configuration.sampling.decode == .x0 ? trajectories.clean : try trajectories.states[table.steps.count]
@@ -186,6 +188,7 @@ public final class Trainer {
     let advantages = try advantages(scored, &row)
     let samples = try drawChunks(batch, trajectories, advantages.values, &row)
     try clock.time("update") { try self.update(samples, trajectories, conditions, &row) }
+    row.counts["rows_update"] = engine.network.takeRows()
 
     row.iteration = iteration + 1
     row.update = update
@@ -193,6 +196,7 @@ public final class Trainer {
     row.values["images_per_s"] = Double(batch.count) / clock.seconds.values.reduce(0, +)
     row.seconds["network"] = engine.network.takeSeconds()
     try look(&row)
+    _ = (engine.network.takeSeconds(), engine.network.takeRows())
     return row
   }
 
@@ -279,23 +283,48 @@ public final class Trainer {
   private func drawChunks(
     _ batch: [Sample], _ trajectories: Trajectories, _ advantages: [Double], _ row: inout MetricsRow
   ) throws -> [UpdateSample] {
-    let plan = try strategy.plan(steps: window.count)
-    let weights = try timeWeight.weights(plan: plan, steps: Array(table.steps[window]))
+    let c = configuration.chunk
+    let windows = [Range<Int>](repeating: window, count: batch.count)
+    let curves =
+      strategy.needsCurve || draw.needsWeights
+      ? try trajectories.dynamics(Distance(rawValue: c.distance.rawValue)!, over: windows) : []
+    let plans = try strategy.plans(
+      steps: window.count, samples: batch.count, curves: curves, stopSize: c.stopSize, minChunk: c.minChunk)
+    /// w_j, the mean change of a chunk's steps
+    func weights(_ plan: ChunkPlan, _ curve: [Double]?) -> [Double]? {
+      draw.needsWeights ? curve.map(plan.means) : nil
+    }
+    let mean = curves.first?.indices.map { i in
+      curves.reduce(0) { $0 + $1[i] } / Double(curves.count)
+    }
+    let plan =
+      strategy == .adaptive
+      ? try .adaptive(curve: mean ?? [], stopSize: c.stopSize, minChunk: c.minChunk) : plans[0]
     row.chunkSizes = plan.sizes
-    row.drawProbabilities = try draw.probabilities(of: plan)
-    return try batch.enumerated().map { r, sample in
+    row.drawProbabilities = try draw.probabilities(of: plan, weights: weights(plan, mean))
+    row.inclusion = try draw.inclusionProbabilities(
+      of: plan, fraction: c.fraction, weights: weights(plan, mean))
+    if strategy == .adaptive { row.counts["plans"] = Set(plans.map(\.sizes)).count }
+    let samples = try batch.enumerated().map { r, sample in
+      let (plan, window) = (plans[r], windows[r])
+      let timeWeights = try timeWeight.weights(plan: plan, steps: Array(table.steps[window]))
       var stream = random.stream(
         .chunkDraw, iteration: iteration, prompt: sample.prompt.text, sample: sample.number)
-      let drawn = try draw.draw(from: plan, fraction: configuration.chunk.fraction, using: &stream)
-      let chunks = drawn.map { j in
-        let range = plan.ranges[j]
-        return (
-          steps: (range.lowerBound + window.lowerBound)..<(range.upperBound + window.lowerBound),
-          weight: weights[j]
-        )
+      let drawn = try draw.draw(
+        from: plan, fraction: c.fraction, weights: weights(plan, curves.isEmpty ? nil : curves[r]),
+        using: &stream)
+      var choice = random.stream(
+        .stepDraw, iteration: iteration, prompt: sample.prompt.text, sample: sample.number)
+      let chunks = try drawn.map { j in
+        let steps = try ChunkDraw.steps(of: plan.ranges[j], fraction: c.stepFraction, using: &choice)
+        return (steps: steps.map { $0 + window.lowerBound }, weight: timeWeights[j])
       }
-      return UpdateSample(row: r, advantage: advantages[r], chunks: chunks)
+      return UpdateSample(row: r, advantage: advantages[r], steps: chunks)
     }
+    let active = samples.filter { $0.advantage != 0 }
+    row.counts["zero_samples"] = samples.count - active.count
+    row.counts["trained_steps"] = active.reduce(0) { $0 + $1.stepCount }
+    return samples
   }
 
   /// The updates of one iteration.

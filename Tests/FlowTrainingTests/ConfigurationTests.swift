@@ -33,8 +33,8 @@ struct ConfigurationTests {
     sampling: {steps: 17, shift: 3, guidance: 3.5, height: 64, width: 64, step: flow-sde, eta: 0.7, window: all, \
     sharedNoise: group, decode: x0, schedule: training, time: exact}
     group: {size: 12, promptsPerIteration: 4}
-    chunk: {plan: "list:2,3,4,7", ratio: chunk, timeWeight: perChunk, draw: uniform, fraction: 0.5, stopSize: 7, \
-    minChunk: 2, distance: l1}
+    chunk: {plan: "list:2,3,4,7", ratio: chunk, timeWeight: perChunk, draw: uniform, fraction: 0.5, stepFraction: 1, \
+    stopSize: 7, minChunk: 2, distance: l1}
     loss: {clip: [5.0e-5, 5.0e-5], advantageClip: 5, advantageStd: group, kl: 0, klForm: flowGRPO, anchor: rollout}
     optim: {lr: 1.0e-5, weightDecay: 1.0e-4, betas: [0.9, 0.999], eps: 1.0e-8, maxGradNorm: 0.01, \
     updatesPerIteration: 2, microBatch: 48, state: float32, offload: false}
@@ -56,7 +56,7 @@ struct ConfigurationTests {
     sampling: {steps: 9, shift: 1.15, guidance: null, negative: "no: blur", textLength: 77, height: 48, width: 80, step: cps, eta: 1, window: 1-6, \
     sharedNoise: none, decode: xT, schedule: model, time: truncated}
     group: {size: 6, promptsPerIteration: 3}
-    chunk: {plan: "fixed:2", ratio: sequence, timeWeight: equalised, draw: "only:0,2", fraction: 1, stopSize: 5, \
+    chunk: {plan: "fixed:2", ratio: sequence, timeWeight: equalised, draw: "only:0,2", fraction: 1, stepFraction: 0.3, stopSize: 5, \
     minChunk: 3, distance: cosine}
     loss: {clip: [1e-3, 2.5e-3], advantageClip: 3, advantageStd: global, kl: 0.04, klForm: k3, anchor: replay}
     optim: {lr: 0.1, weightDecay: 0, betas: [0, 0.95], eps: 1e-300, maxGradNorm: 1, updatesPerIteration: 1, \
@@ -467,6 +467,9 @@ struct ConfigurationValidationTests {
       ["trainable={kind: full, rank: 0, targets: []}"], ["sampling.guidance=null"], ["sampling.guidance=0"],
       ["optim.updatesPerIteration=48"], ["run.samplesEvery=0", "run.evaluateEvery=0"], ["chunk.fraction=1"],
       ["chunk.stopSize=5", "chunk.minChunk=3"], ["sampling.decode=xT", "sampling.schedule=model"],
+      ["chunk.plan=adaptive", "chunk.stepFraction=0.01"],
+      ["chunk.plan=adaptive-shared", "chunk.draw=weighted"],
+      ["chunk.draw=weighted:softmax", "chunk.distance=cosine"], ["chunk.draw=weighted:normalised"],
       ["chunk.timeWeight=none"], ["chunk.timeWeight=tempflow"], ["chunk.timeWeight=guard"],
       ["rewards=[{name: a}, {name: b, weight: 0}, {name: a, score: x}]", "aggregate=normalised"],
     ])
@@ -557,11 +560,21 @@ struct ConfigurationValidationTests {
       (["chunk.draw=only:0,0"], "chunk.draw: only:0,0 names a chunk twice"),
       (
         ["chunk.draw=some"],
-        "chunk.draw: expected uniform, weighted or only:a,b,… (chunks from 0), got \"some\""
+        "chunk.draw: expected uniform, weighted, weighted:softmax or only:a,b,… (chunks from 0), got \"some\""
       ),
       (
+        ["chunk.draw=weighted:best"],
+        "chunk.draw: expected uniform, weighted, weighted:softmax or only:a,b,… (chunks from 0), got \"weighted:best\""
+      ),
+      (
+        ["chunk.plan=adaptive", "chunk.draw=only:1"],
+        "chunk.draw: only:1 names chunks, chunk.plan adaptive has others for every rollout: "
+          + "use uniform or weighted, or another plan"
+      ),
+      (["chunk.stepFraction=0"], "chunk.stepFraction: expected a number in (0, 1], got 0"),
+      (
         ["chunk.draw='only:'"],
-        "chunk.draw: expected uniform, weighted or only:a,b,… (chunks from 0), got \"only:\""
+        "chunk.draw: expected uniform, weighted, weighted:softmax or only:a,b,… (chunks from 0), got \"only:\""
       ),
       (["optim.lr=0"], "optim.lr: expected a number above 0, got 0"),
       (["optim.weightDecay=-1"], "optim.weightDecay: expected a number of 0 or more, got -1"),
@@ -643,20 +656,9 @@ struct ConfigurationValidationTests {
       ("loss.kl=0.04", "loss.kl: 0.04 is not implemented in this version; use 0"),
       ("loss.anchor=replay", "loss.anchor: replay is not implemented in this version; use rollout"),
       (
-        "chunk.draw=weighted",
-        "chunk.draw: weighted is not implemented in this version; use uniform or only:a,b,…"
-      ),
-      (
-        "chunk.plan=adaptive",
-        "chunk.plan: adaptive is not implemented in this version; use step, sequence, fixed:n or list:a,b,…"
-      ),
-      (
-        "chunk.plan=adaptive-shared",
-        "chunk.plan: adaptive-shared is not implemented in this version; use step, sequence, fixed:n or list:a,b,…"
-      ),
-      (
         "chunk.plan=auto",
-        "chunk.plan: auto is not implemented in this version; use step, sequence, fixed:n or list:a,b,…"
+        "chunk.plan: auto is not implemented in this version; "
+          + "use step, sequence, fixed:n, list:a,b,…, adaptive or adaptive-shared"
       ),
     ])
   func notImplemented(_ override: String, _ expected: String) throws {

@@ -297,6 +297,23 @@ struct PolicyUpdateTests {
     #expect(relativeError(whole, expected) < 2.5e-6)
   }
 
+  // Oracle: the whole chunk's gradient. All choices are alike, so that their mean is the expectation; it is linear
+  // in the step gradients, and only float32 sums differ.
+  @Test("some steps of a chunk: at ratio 1 the expected gradient is the whole chunk's", arguments: [1, 2])
+  func someSteps(_ count: Int) throws {
+    let bench = try Bench(trainable: true)
+    let t = try bench.rollout()
+    func gradient(_ steps: [Int]) throws -> [Double] {
+      let sample = UpdateSample(row: 1, advantage: 1.7, steps: [([0], 2), (steps, 3)])
+      return try bench.gradient([sample], t, microBatch: 48).values
+    }
+    let choices = count == 1 ? [[1], [2], [3]] : [[1, 2], [1, 3], [2, 3]]
+    let each = try choices.map(gradient)
+    let mean = each[0].indices.map { p in each.reduce(0) { $0 + $1[p] } / 3 }
+    #expect(relativeError(mean, try gradient([1, 2, 3])) < 2.5e-6)
+    #expect(relativeError(each[0], each[1]) > 1e-2, "the steps' gradients are alike, nothing is tested")
+  }
+
   @Test("samples without advantage count in S, cost no pass and add nothing")
   func zeroAdvantage() throws {
     let bench = try Bench(trainable: true)

@@ -139,9 +139,9 @@ extension Configuration {
   }
 
   private func validateChunks() throws(ConfigurationError) {
-    try require(
-      chunk.fraction > 0 && chunk.fraction <= 1, "chunk.fraction",
-      "expected a number in (0, 1], got \(chunk.fraction.yamlText)")
+    for (path, share) in [("chunk.fraction", chunk.fraction), ("chunk.stepFraction", chunk.stepFraction)] {
+      try require(share > 0 && share <= 1, path, "expected a number in (0, 1], got \(share.yamlText)")
+    }
     try atLeast(1, chunk.stopSize, "chunk.stopSize")
     try atLeast(1, chunk.minChunk, "chunk.minChunk")
     let largest = chunk.stopSize / 2 + chunk.stopSize % 2
@@ -153,10 +153,18 @@ extension Configuration {
       chunk.timeWeight != .tempflow || sampling.step != .cps, "chunk.timeWeight",
       "tempflow needs g, which sampling.step cps does not have; use equalised or another kind of step")
     let chunks = try chunkCount()
-    if let drawn = try drawnChunks(), let chunks, let outside = drawn.first(where: { $0 >= chunks }) {
-      throw .invalid(
-        path: "chunk.draw",
-        reason: "chunk \(outside) is not in 0...\(chunks - 1), those of chunk.plan \(chunk.plan)")
+    if let drawn = try drawnChunks() {
+      guard let chunks else {
+        throw .invalid(
+          path: "chunk.draw",
+          reason: "\(chunk.draw) names chunks, chunk.plan \(chunk.plan) has others for every rollout: "
+            + "use uniform or weighted, or another plan")
+      }
+      if let outside = drawn.first(where: { $0 >= chunks }) {
+        throw .invalid(
+          path: "chunk.draw",
+          reason: "chunk \(outside) is not in 0...\(chunks - 1), those of chunk.plan \(chunk.plan)")
+      }
     }
   }
 
@@ -193,14 +201,15 @@ extension Configuration {
   /// Chunks of an `only:` draw, nil where chance decides.
   private func drawnChunks() throws(ConfigurationError) -> [Int]? {
     let (kind, argument) = Configuration.split(chunk.draw)
-    if chunk.draw == "uniform" || chunk.draw.hasPrefix("weighted") { return nil }
+    if ["uniform", "weighted", "weighted:normalised", "weighted:softmax"].contains(chunk.draw) { return nil }
     if kind == "only", let argument, let chunks = Configuration.counts(argument) {
       try require(Set(chunks).count == chunks.count, "chunk.draw", "\(chunk.draw) names a chunk twice")
       return chunks
     }
     throw .invalid(
       path: "chunk.draw",
-      reason: "expected uniform, weighted or only:a,b,… (chunks from 0), got \"\(chunk.draw)\"")
+      reason:
+        "expected uniform, weighted, weighted:softmax or only:a,b,… (chunks from 0), got \"\(chunk.draw)\"")
   }
 
   /// `kind:argument`, or `kind` alone.

@@ -189,10 +189,12 @@ extension Configuration {
     public var ratio = Ratio.chunk
     /// Weights of the trained chunks.
     public var timeWeight = TimeWeight.perChunk
-    /// `uniform`, `weighted…` or `only:a,b,…`.
+    /// `uniform`, `weighted`, `weighted:softmax` or `only:a,b,…`.
     public var draw = "uniform"
     /// Share of a sample's chunks that is drawn.
     public var fraction = 0.5
+    /// Share of a drawn chunk's steps that is trained on.
+    public var stepFraction = 1.0
     /// Adaptive plans: pieces up to this size are not split.
     public var stopSize = 7
     /// Adaptive plans: shorter runs join a neighbour.

@@ -117,8 +117,8 @@ extension Configuration.Chunk: Configuration.Section {
   static var fields: [Configuration.Field<Self>] {
     [
       .init("plan", \.plan), .init("ratio", \.ratio), .init("timeWeight", \.timeWeight),
-      .init("draw", \.draw), .init("fraction", \.fraction), .init("stopSize", \.stopSize),
-      .init("minChunk", \.minChunk), .init("distance", \.distance),
+      .init("draw", \.draw), .init("fraction", \.fraction), .init("stepFraction", \.stepFraction),
+      .init("stopSize", \.stopSize), .init("minChunk", \.minChunk), .init("distance", \.distance),
     ]
   }
 }
