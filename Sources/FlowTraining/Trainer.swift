@@ -35,7 +35,6 @@ public final class Trainer {
   private let folder: RunFolder
   private let rewards: RewardSet
   private let table: TransitionTable
-  private let window: Range<Int>
   private let strategy: ChunkStrategy
   private let draw: ChunkDraw
   private let timeWeight: TimeWeight
@@ -61,12 +60,11 @@ public final class Trainer {
     rewards = try RewardSet(c.rewards)
     engine = try Engine(c)
     random = RandomPlan(seed: c.seed)
-    window = c.sampling.trainableSteps
     let schedule = try engine.trainingSchedule(c.sampling)
+    // Every step that any window may hold; where the noise is, each group's path says.
     table = try TransitionTable(
       schedule: schedule, kind: StepKind(rawValue: c.sampling.step.rawValue)!, eta: c.sampling.eta,
-      stochastic: window,
-      truncatedTimes: c.sampling.time == .truncated)
+      stochastic: 0..<(c.sampling.steps - 1), truncatedTimes: c.sampling.time == .truncated)
     strategy = try ChunkStrategy(c.chunk.plan)
     draw = try ChunkDraw(c.chunk.draw)
     timeWeight = TimeWeight(rawValue: c.chunk.timeWeight.rawValue)!
@@ -93,7 +91,10 @@ public final class Trainer {
   public var summary: [(String, String)] {
     let c = configuration
     let total = engine.network.modules.parameters.reduce(0) { $0 + $1.tensor.count }
+    let window = c.sampling.trainableSteps
     let plan = (try? strategy.plan(steps: window.count))?.sizes.description ?? strategy.description
+    let sampled = (try? rowsOfRollout()) ?? c.samplesPerIteration * c.sampling.steps
+    let moves = (c.sampling.window.moves ? "about " : "") + "\(sampled) in rollouts"
     let trained = (try? averageTrainedSteps()).map { "about \(Int($0.rounded())) in updates" }
     return [
       ("prompts", "\(prompts.count) (\(c.prompts.split))"),
@@ -102,21 +103,34 @@ public final class Trainer {
       ("trainable parameters", "\(policy.count)"),
       ("network dtype, device", "\(engine.pipeline.network.dtype), \(engine.device)"),
       ("latents of an image", engine.latentShape.map(String.init).joined(separator: " × ")),
-      ("chunks over steps \(window.lowerBound)…\(window.upperBound - 1)", plan),
+      (
+        c.sampling.window.moves && c.sampling.window != .drawn
+          ? "chunks over \(window.count) steps"
+          : "chunks over steps \(window.lowerBound)…\(window.upperBound - 1)", plan
+      ),
       (
         "forward passes per iteration",
-        "\(c.samplesPerIteration * c.sampling.steps) in rollouts, \(trained ?? "updates follow the latents")"
+        "\(moves), \(trained ?? "updates follow the latents")"
       ),
       ("optimizer steps", "\(c.run.iterations * c.optim.updatesPerIteration)"),
     ]
   }
 
   private func averageTrainedSteps() throws -> Double {
-    let plan = try strategy.plan(steps: window.count)
+    let plan = try strategy.plan(steps: configuration.sampling.trainableSteps.count)
     let inclusion = try draw.inclusionProbabilities(of: plan, fraction: configuration.chunk.fraction)
     return try zip(plan.sizes, inclusion).reduce(0) {
       $0 + Double(try ChunkDraw.count(chunks: $1.0, fraction: configuration.chunk.stepFraction)) * $1.1
     } * Double(configuration.samplesPerIteration)
+  }
+
+  /// Network evaluations of the first iteration's rollout.
+  private func rowsOfRollout() throws -> Int {
+    let size = configuration.group.size
+    return try courses(samplesOfIteration()).reduce(0) { sum, course in
+      let stem = configuration.sampling.prefix == .shared ? course.path.stem : 0
+      return sum + stem + size * (course.path.moves.count - stem)
+    }
   }
 
   /// Rows of every forward pass of rollout and update alike.
@@ -171,7 +185,8 @@ public final class Trainer {
     let batch = samplesOfIteration()
     let conditions = try batch.map { try engine.encoder($0.prompt.text) }
 
-    let trajectories = try clock.time("rollout") { try rollout(batch, conditions) }
+    let courses = try courses(batch)
+    let trajectories = try clock.time("rollout") { try rollout(batch, conditions, courses) }
     row.counts["rows_rollout"] = engine.network.takeRows()
     let images = try clock.time("decode") {
       let last =
@@ -186,7 +201,7 @@ public final class Trainer {
       return scores
     }
     let advantages = try advantages(scored, &row)
-    let samples = try drawChunks(batch, trajectories, advantages.values, &row)
+    let samples = try drawChunks(batch, courses, trajectories, advantages.values, &row)
     try clock.time("update") { try self.update(samples, trajectories, conditions, &row) }
     row.counts["rows_update"] = engine.network.takeRows()
 
@@ -227,7 +242,38 @@ public final class Trainer {
     return result
   }
 
-  private func rollout(_ batch: [Sample], _ conditions: [Condition]) throws -> Trajectories {
+  /// What the samples of a group have in common: noise windows that differ within it would make rewards differ by them.
+  private struct Course {
+    /// Steps that chunks are planned for.
+    let window: Range<Int>
+    /// Chunks drawn for the whole group, where they decide where the noise is.
+    let drawn: [Int]?
+    let path: SamplingPath
+  }
+
+  /// One course a group.
+  private func courses(_ batch: [Sample]) throws -> [Course] {
+    let c = configuration
+    return try stride(from: 0, to: batch.count, by: c.group.size).map { s in
+      let (prompt, number) = (batch[s].prompt.text, batch[s].number)
+      var stream = random.stream(.window, iteration: iteration, prompt: prompt, sample: number)
+      let window = c.sampling.window(iteration: iteration, using: &stream)
+      var (noisy, drawn) = ([window], [Int]?.none)
+      if c.sampling.window == .drawn {
+        let plan = try strategy.plan(steps: window.count)
+        let chunks = try draw.draw(from: plan, fraction: c.chunk.fraction, using: &stream)
+        (noisy, drawn) = (chunks.map { plan.ranges[$0] }, chunks)
+      }
+      let path = try SamplingPath(
+        table.schedule, kind: StepKind(rawValue: c.sampling.step.rawValue)!, eta: c.sampling.eta,
+        stochastic: noisy, coarse: c.sampling.coarse)
+      return Course(window: window, drawn: drawn, path: path)
+    }
+  }
+
+  private func rollout(
+    _ batch: [Sample], _ conditions: [Condition], _ courses: [Course]
+  ) throws -> Trajectories {
     let streams = batch.map { sample in
       switch configuration.sampling.sharedNoise {
       case .group: random.stream(.initialNoise, iteration: iteration, prompt: sample.prompt.text)
@@ -238,8 +284,12 @@ public final class Trainer {
     }
     var sampler = engine.rollout(table, rows: rows)
     sampler.beforeStep = Interruption.check
-    return try sampler.sample(engine.network, initial: try engine.noise(streams), conditions: conditions) {
-      s, i, out in
+    let size = configuration.group.size
+    return try sampler.sample(
+      engine.network, initial: try engine.noise(streams), conditions: conditions,
+      paths: batch.indices.map { courses[$0 / size].path },
+      sharing: configuration.sampling.prefix == .shared ? size : 1
+    ) { s, i, out in
       var stream = random.stream(
         .stepNoise, iteration: iteration, prompt: batch[s].prompt.text, sample: batch[s].number, step: i)
       stream.fillNormal(out)
@@ -281,15 +331,18 @@ public final class Trainer {
 
   /// Cuts every trajectory into chunks and draws those it is trained on.
   private func drawChunks(
-    _ batch: [Sample], _ trajectories: Trajectories, _ advantages: [Double], _ row: inout MetricsRow
+    _ batch: [Sample], _ courses: [Course], _ trajectories: Trajectories, _ advantages: [Double],
+    _ row: inout MetricsRow
   ) throws -> [UpdateSample] {
     let c = configuration.chunk
-    let windows = [Range<Int>](repeating: window, count: batch.count)
+    let courses = batch.indices.map { courses[$0 / configuration.group.size] }
+    let windows = courses.map(\.window)
     let curves =
       strategy.needsCurve || draw.needsWeights
       ? try trajectories.dynamics(Distance(rawValue: c.distance.rawValue)!, over: windows) : []
     let plans = try strategy.plans(
-      steps: window.count, samples: batch.count, curves: curves, stopSize: c.stopSize, minChunk: c.minChunk)
+      steps: windows[0].count, samples: batch.count, curves: curves, stopSize: c.stopSize,
+      minChunk: c.minChunk)
     /// w_j, the mean change of a chunk's steps
     func weights(_ plan: ChunkPlan, _ curve: [Double]?) -> [Double]? {
       draw.needsWeights ? curve.map(plan.means) : nil
@@ -310,9 +363,11 @@ public final class Trainer {
       let timeWeights = try timeWeight.weights(plan: plan, steps: Array(table.steps[window]))
       var stream = random.stream(
         .chunkDraw, iteration: iteration, prompt: sample.prompt.text, sample: sample.number)
-      let drawn = try draw.draw(
-        from: plan, fraction: c.fraction, weights: weights(plan, curves.isEmpty ? nil : curves[r]),
-        using: &stream)
+      let drawn =
+        try courses[r].drawn
+        ?? draw.draw(
+          from: plan, fraction: c.fraction, weights: weights(plan, curves.isEmpty ? nil : curves[r]),
+          using: &stream)
       var choice = random.stream(
         .stepDraw, iteration: iteration, prompt: sample.prompt.text, sample: sample.number)
       let chunks = try drawn.map { j in

@@ -1,3 +1,4 @@
+import ChunkGRPO
 import Foundation
 import Testing
 
@@ -30,7 +31,7 @@ struct ConfigurationTests {
     seed: 1
     prompts: {file: Data/prompts.jsonl, split: train}
     rewards: [{name: scenes, score: graded, weight: 1}]      # several: aggregate: sum | normalised
-    sampling: {steps: 17, shift: 3, guidance: 3.5, height: 64, width: 64, step: flow-sde, eta: 0.7, window: all, \
+    sampling: {steps: 17, shift: 3, guidance: 3.5, height: 64, width: 64, step: flow-sde, eta: 0.7, window: all, coarse: null, prefix: each, \
     sharedNoise: group, decode: x0, schedule: training, time: exact}
     group: {size: 12, promptsPerIteration: 4}
     chunk: {plan: "list:2,3,4,7", ratio: chunk, timeWeight: perChunk, draw: uniform, fraction: 0.5, stepFraction: 1, \
@@ -53,7 +54,7 @@ struct ConfigurationTests {
     prompts: {file: "a b: c # d.jsonl", split: "no", embeddings: "null"}
     rewards: [{name: hpsv3, weight: -0.25}, {name: 'true', score: '2024-01-01', weight: 1e+20}]
     aggregate: normalised
-    sampling: {steps: 9, shift: 1.15, guidance: null, negative: "no: blur", textLength: 77, height: 48, width: 80, step: cps, eta: 1, window: 1-6, \
+    sampling: {steps: 9, shift: 1.15, guidance: null, negative: "no: blur", textLength: 77, height: 48, width: 80, step: cps, eta: 1, window: 1-6, coarse: 2, prefix: shared, \
     sharedNoise: none, decode: xT, schedule: model, time: truncated}
     group: {size: 6, promptsPerIteration: 3}
     chunk: {plan: "fixed:2", ratio: sequence, timeWeight: equalised, draw: "only:0,2", fraction: 1, stepFraction: 0.3, stopSize: 5, \
@@ -199,7 +200,7 @@ struct ConfigurationTests {
     // An absent option would be left out.
     var configuration = Configuration()
     (configuration.sampling.textLength, configuration.network.memory) = (1, "1GB")
-    configuration.run.stopReward = "scenes"
+    (configuration.run.stopReward, configuration.sampling.coarse) = ("scenes", 1)
     let object = try #require(try object(configuration) as? [String: Any])
     #expect(Set(object.keys) == Set(Configuration.keys))
     for field in Configuration.fields where !field.children.isEmpty && field.name != "rewards" {
@@ -300,11 +301,12 @@ struct ConfigurationTests {
       ),
       ("sampling: {decode: XT}", "demo.yaml:1: sampling.decode: expected one of x0, xT, got \"XT\""),
       (
-        "sampling: {window: 3}", "demo.yaml:1: sampling.window: expected all or first-last such as 0-4, got 3"
+        "sampling: {window: 3}",
+        "demo.yaml:1: sampling.window: expected all, first-last such as 0-4, sliding:width,stride,iterations, random:width or drawn, got 3"
       ),
       (
         "sampling: {window: 1--3}",
-        "demo.yaml:1: sampling.window: expected all or first-last such as 0-4, got \"1--3\""
+        "demo.yaml:1: sampling.window: expected all, first-last such as 0-4, sliding:width,stride,iterations, random:width or drawn, got \"1--3\""
       ),
       (
         "network: {checkpointing: \"every:x\"}",
@@ -455,6 +457,40 @@ struct ConfigurationValidationTests {
     #expect(sampling.trainableSteps.isEmpty)
   }
 
+  // Oracle: written out. Eight trainable steps; the last place is taken where the stride would pass it.
+  @Test("windows that move: where, and that every text comes back")
+  func movingWindows() throws {
+    var sampling = Configuration.Sampling()
+    sampling.steps = 9
+    var random = RandomPlan(seed: 4).stream(.window)
+    func starts(_ text: String, _ iterations: Int) throws -> [Int] {
+      sampling.window = try #require(.init(rawValue: text))
+      #expect(sampling.window.rawValue == text)
+      return (0..<iterations).map { i in
+        let window = sampling.window(iteration: i, using: &random)
+        #expect(window.count == sampling.trainableSteps.count)
+        return window.lowerBound
+      }
+    }
+    #expect(try starts("sliding:3,2,2", 10) == [0, 0, 2, 2, 4, 4, 5, 5, 0, 0])
+    #expect(try starts("sliding:8,1,1", 3) == [0, 0, 0])
+    #expect(
+      Configuration.Sampling.Window(rawValue: "sliding:4") == .sliding(width: 4, stride: 1, iterations: 25))
+    // 4.5 standard errors of a frequency
+    let drawn = try starts("random:3", 4000)
+    for place in 0...5 {
+      let share = Double(drawn.filter { $0 == place }.count) / 4000
+      #expect(abs(share - 1.0 / 6) < 4.5 * (5.0 / 36 / 4000).squareRoot())
+    }
+    #expect(drawn.allSatisfy { 0...5 ~= $0 })
+    #expect(try starts("drawn", 1) == [0] && starts("all", 1) == [0] && starts("2-4", 1) == [2])
+    for text in [
+      "drawn:1", "all:", "sliding", "sliding:", "sliding:1,2", "random:1,2", "random:-1", "random:x",
+    ] {
+      #expect(Configuration.Sampling.Window(rawValue: text) == nil, "\(text)")
+    }
+  }
+
   @Test(
     "sensible configurations pass",
     arguments: [
@@ -468,6 +504,10 @@ struct ConfigurationValidationTests {
       ["optim.updatesPerIteration=48"], ["run.samplesEvery=0", "run.evaluateEvery=0"], ["chunk.fraction=1"],
       ["chunk.stopSize=5", "chunk.minChunk=3"], ["sampling.decode=xT", "sampling.schedule=model"],
       ["chunk.plan=adaptive", "chunk.stepFraction=0.01"],
+      ["sampling.window=sliding:4", "chunk.plan=step"],
+      ["sampling.window=sliding:16,3,1", "chunk.plan=fixed:4"],
+      ["sampling.window=random:5", "chunk.plan=list:2,3", "sampling.coarse=3", "sampling.prefix=shared"],
+      ["sampling.window=drawn", "sampling.coarse=1", "sampling.prefix=shared", "sampling.sharedNoise=batch"],
       ["chunk.plan=adaptive-shared", "chunk.draw=weighted"],
       ["chunk.draw=weighted:softmax", "chunk.distance=cosine"], ["chunk.draw=weighted:normalised"],
       ["chunk.timeWeight=none"], ["chunk.timeWeight=tempflow"], ["chunk.timeWeight=guard"],
@@ -505,6 +545,49 @@ struct ConfigurationValidationTests {
       (
         ["sampling.step=cps", "sampling.eta=1.5"],
         "sampling.eta: expected at most 1 for sampling.step cps, got 1.5"
+      ),
+      (
+        ["sampling.window=sliding:17,1,1"],
+        "sampling.window: expected a width of 1 to 16, the trainable steps, got sliding:17,1,1"
+      ),
+      (
+        ["sampling.window=sliding:4,0,1"],
+        "sampling.window: expected a stride and iterations of 1 or more, got sliding:4,0,1"
+      ),
+      (
+        ["sampling.window=random:0"],
+        "sampling.window: expected a width of 1 to 16, the trainable steps, got random:0"
+      ),
+      (
+        ["sampling.window=random:4", "chunk.plan=adaptive-shared"],
+        "sampling.window: random:4 has other steps for every group, adaptive-shared has one plan: "
+          + "use chunk.plan adaptive"
+      ),
+      (
+        ["sampling.window=drawn", "chunk.plan=adaptive"],
+        "sampling.window: drawn places the noise before the rollout, chunk.plan adaptive follows its latents: "
+          + "use step, sequence, fixed:n or list:a,b,…"
+      ),
+      (
+        ["sampling.window=drawn", "chunk.draw=weighted"],
+        "sampling.window: drawn draws before the rollout, chunk.draw weighted weighs by its latents: "
+          + "use uniform or only:a,b,…"
+      ),
+      (
+        ["sampling.coarse=2"],
+        "sampling.coarse: sampling.window all leaves no deterministic steps to take in fewer; drop it"
+      ),
+      (
+        ["sampling.window=0-4", "chunk.plan=list:2,3", "sampling.coarse=0"],
+        "sampling.coarse: expected at least 1, got 0"
+      ),
+      (
+        ["sampling.window=0-4", "chunk.plan=list:2,3", "sampling.prefix=shared"],
+        "sampling.prefix: shared needs deterministic steps at the beginning, sampling.window 0-4 has none; use each"
+      ),
+      (
+        ["sampling.window=drawn", "sampling.prefix=shared", "sampling.sharedNoise=none"],
+        "sampling.prefix: shared needs samples that start from the same noise, sampling.sharedNoise is none; use group"
       ),
       (
         ["sampling.window=3-17"],

@@ -32,6 +32,14 @@ struct TrainerOptionsTests {
       ["chunk.plan=adaptive", "chunk.stopSize=3"],
       ["chunk.plan=adaptive-shared", "chunk.draw=weighted", "chunk.distance=cosine"],
       ["chunk.draw=weighted:softmax", "chunk.stepFraction=0.5"],
+      ["sampling.window=sliding:3,2,1", "chunk.plan=list:1,2"],
+      ["sampling.window=random:3", "chunk.plan=adaptive", "chunk.stopSize=2", "chunk.minChunk=1"],
+      [
+        "sampling.window=random:3", "chunk.plan=list:1,2", "sampling.coarse=2", "sampling.prefix=shared",
+        "sampling.step=cps", "sampling.eta=0.8",
+      ],
+      ["sampling.window=drawn", "sampling.coarse=2", "sampling.prefix=shared", "optim.microBatch=3"],
+      ["sampling.window=drawn", "chunk.plan=step", "chunk.stepFraction=0.5", "sampling.step=dance-sde"],
     ])
   func exact(_ overrides: [String]) throws {
     try shop.train("whole") { try? apply(overrides, to: &$0) }
@@ -76,6 +84,49 @@ struct TrainerOptionsTests {
     }
     // "adaptive" and "adaptive-shared" log one plan, and train on others after the first update; all else differs.
     #expect(probabilities.count >= 7)
+  }
+
+  // Oracle: the run that shares nothing; passes of equally many rows, so not a byte may differ.
+  @Test(
+    "a prefix computed once for a group changes nothing but the number of passes",
+    arguments: [
+      (["sampling.window=4-6", "chunk.plan=list:1,2"], 72, 8 * 5 + 4 * 4),
+      (["sampling.window=4-6", "chunk.plan=list:1,2", "sampling.coarse=2"], 8 * 7, 8 * 5 + 4 * 2),
+      (["sampling.window=drawn", "chunk.draw=only:2"], 72, 8 * 4 + 4 * 5),
+      (["sampling.window=4-6", "chunk.plan=list:1,2", "sampling.sharedNoise=batch"], 72, 8 * 5 + 4 * 4),
+    ])
+  func sharedPrefix(_ overrides: [String], _ each: Int, _ shared: Int) throws {
+    // passes of 4 rows: the prefixes of both groups fill one of them, by halves
+    try shop.train("each") { try? apply(overrides + ["optim.microBatch=4"], to: &$0) }
+    try shop.train("shared") {
+      try? apply(overrides + ["optim.microBatch=4", "sampling.prefix=shared"], to: &$0)
+    }
+    #expect(try shop.trained("shared") == shop.trained("each"))
+    #expect(try integers("each", "rows_rollout") == [each, each])
+    #expect(try integers("shared", "rows_rollout") == [shared, shared])
+    func rest(_ name: String) throws -> [String] {
+      try shop.timeless(name).map { $0.replacing(/"rows_rollout":\d+/, with: "") }
+    }
+    #expect(try rest("shared") == rest("each"))
+  }
+
+  @Test("--dry-run counts the rollout's network evaluations; what repeats add is counted by the run")
+  func summary() throws {
+    func line(_ overrides: [String]) throws -> String {
+      var c = shop.configuration
+      try apply(overrides, to: &c)
+      let lines = try Trainer(c, folder: RunFolder(shop.folder("run"))).summary
+      return try #require(lines.first { $0.0 == "forward passes per iteration" }).1
+    }
+    // 8 samples of 2 groups; half of 3 chunks of 2, 3, 3 steps is one of them
+    #expect(try line([]) == "72 in rollouts, about 21 in updates")
+    let window = ["sampling.window=4-6", "chunk.plan=list:1,2"]
+    #expect(try line(window + ["sampling.prefix=shared"]) == "48 in rollouts, about 12 in updates")
+    #expect(try line(window + ["sampling.coarse=1"]) == "40 in rollouts, about 12 in updates")
+    #expect(
+      try line(["sampling.window=drawn", "chunk.draw=only:2", "sampling.coarse=1", "sampling.prefix=shared"])
+        == "about 34 in rollouts, about 24 in updates")
+    #expect(try line(["chunk.plan=adaptive"]) == "72 in rollouts, updates follow the latents")
   }
 
   @Test("a share of a chunk's steps: only those are replayed")

@@ -65,6 +65,55 @@ extension Configuration {
         !sampling.trainableSteps.isEmpty, "sampling.window",
         "\(sampling.window.rawValue) holds only the last step, which is never trained on")
     }
+    try validateMovingWindow()
+    let deterministic = sampling.trainableSteps.count < sampling.steps - 1 || sampling.window == .drawn
+    if let coarse = sampling.coarse {
+      try atLeast(1, coarse, "sampling.coarse")
+      try require(
+        deterministic, "sampling.coarse",
+        "sampling.window \(sampling.window.rawValue) leaves no deterministic steps to take in fewer; drop it")
+    }
+    guard sampling.prefix == .shared else { return }
+    try require(
+      sampling.sharedNoise != .none, "sampling.prefix",
+      "shared needs samples that start from the same noise, sampling.sharedNoise is none; use group")
+    var fixed = sampling.trainableSteps.lowerBound == 0
+    if case .steps = sampling.window {} else { fixed = !deterministic }
+    try require(
+      !fixed, "sampling.prefix",
+      "shared needs deterministic steps at the beginning, sampling.window \(sampling.window.rawValue) has none; "
+        + "use each")
+  }
+
+  /// Windows whose place an iteration or the draw decides.
+  private func validateMovingWindow() throws(ConfigurationError) {
+    let window = sampling.window
+    switch window {
+    case .all, .steps: return
+    case .drawn:
+      try require(
+        !chunk.plan.hasPrefix("adaptive"), "sampling.window",
+        "drawn places the noise before the rollout, chunk.plan \(chunk.plan) follows its latents: use step, sequence, "
+          + "fixed:n or list:a,b,…")
+      try require(
+        !chunk.draw.hasPrefix("weighted"), "sampling.window",
+        "drawn draws before the rollout, chunk.draw \(chunk.draw) weighs by its latents: use uniform or only:a,b,…"
+      )
+    case .sliding(let width, _, _), .random(let width):
+      try require(
+        1..<sampling.steps ~= width, "sampling.window",
+        "expected a width of 1 to \(sampling.steps - 1), the trainable steps, got \(window.rawValue)")
+      if case .sliding(_, let stride, let iterations) = window {
+        try require(
+          stride > 0 && iterations > 0, "sampling.window",
+          "expected a stride and iterations of 1 or more, got \(window.rawValue)")
+      } else {
+        try require(
+          chunk.plan != "adaptive-shared", "sampling.window",
+          "\(window.rawValue) has other steps for every group, adaptive-shared has one plan: use chunk.plan adaptive"
+        )
+      }
+    }
   }
 
   private func validateGroupAndOptim() throws(ConfigurationError) {
@@ -216,11 +265,6 @@ extension Configuration {
   private static func split(_ text: String) -> (kind: Substring, argument: Substring?) {
     let parts = text.split(separator: ":", maxSplits: 1, omittingEmptySubsequences: false)
     return (parts[0], parts.count == 2 ? parts[1] : nil)
-  }
-
-  private static func counts(_ text: Substring) -> [Int]? {
-    let numbers = text.split(separator: ",", omittingEmptySubsequences: false).map(count)
-    return numbers.contains(nil) ? nil : numbers.compactMap { $0 }
   }
 
   private static func text(_ numbers: [Double]) -> String {
