@@ -376,9 +376,11 @@ public final class Trainer {
       }
       return UpdateSample(row: r, advantage: advantages[r], steps: chunks)
     }
-    let active = samples.filter { $0.advantage != 0 }
-    row.counts["zero_samples"] = samples.count - active.count
-    row.counts["trained_steps"] = active.reduce(0) { $0 + $1.stepCount }
+    row.counts["zero_samples"] = samples.count { $0.advantage == 0 }
+    // A divergence from the reference trains on the others too.
+    row.counts["trained_steps"] = samples.reduce(0) {
+      $0 + ($1.advantage != 0 || configuration.loss.kl > 0 ? $1.stepCount : 0)
+    }
     return samples
   }
 
@@ -392,6 +394,16 @@ public final class Trainer {
       table, microBatch: rows, ratio: RatioKind(rawValue: c.chunk.ratio.rawValue)!,
       clip: ClipRange(low: c.loss.clip[0], high: c.loss.clip[1]))
     rule.beforeStep = Interruption.check
+    if c.loss.kl > 0 {
+      let adapter = policy.adapter!  // all weights trained: the configuration is refused
+      rule.penalty = ReferencePenalty(
+        beta: c.loss.kl, form: ReferencePenalty.Form(rawValue: c.loss.klForm.rawValue)!
+      ) { body in
+        adapter.disable()
+        defer { adapter.enable() }
+        return try body()
+      }
+    }
     // Until the iteration is done this is the state that a signal falls back to.
     boundary = try snapshot()
     var stream = random.stream(.sampleOrder, iteration: iteration)
@@ -399,6 +411,7 @@ public final class Trainer {
     var deviations: [Double] = []
     var clipped = 0
     var norms: [Double] = []
+    var divergence = 0.0
     let parts = c.optim.updatesPerIteration
     for u in 0..<parts {
       let chosen = order[(samples.count * u / parts)..<(samples.count * (u + 1) / parts)].map { samples[$0] }
@@ -419,7 +432,9 @@ public final class Trainer {
       norms.append(norm)
       deviations += result.ratios.map { abs($0 - 1) }
       clipped += result.clipped
+      divergence += result.divergence / Double(parts)
     }
+    if c.loss.kl > 0 { row.values["kl"] = divergence }
     row.values["grad_norm"] = norms.reduce(0, +) / Double(norms.count)
     row.values["ratio_dev"] = deviations.isEmpty ? 0 : deviations.reduce(0, +) / Double(deviations.count)
     row.values["ratio_dev_max"] = deviations.max() ?? 0

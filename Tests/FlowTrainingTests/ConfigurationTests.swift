@@ -504,6 +504,7 @@ struct ConfigurationValidationTests {
       ["optim.updatesPerIteration=48"], ["run.samplesEvery=0", "run.evaluateEvery=0"], ["chunk.fraction=1"],
       ["chunk.stopSize=5", "chunk.minChunk=3"], ["sampling.decode=xT", "sampling.schedule=model"],
       ["chunk.plan=adaptive", "chunk.stepFraction=0.01"],
+      ["loss.kl=0.04", "loss.klForm=k3"],
       ["sampling.window=sliding:4", "chunk.plan=step"],
       ["sampling.window=sliding:16,3,1", "chunk.plan=fixed:4"],
       ["sampling.window=random:5", "chunk.plan=list:2,3", "sampling.coarse=3", "sampling.prefix=shared"],
@@ -654,6 +655,11 @@ struct ConfigurationValidationTests {
         "chunk.draw: only:1 names chunks, chunk.plan adaptive has others for every rollout: "
           + "use uniform or weighted, or another plan"
       ),
+      (
+        ["loss.kl=0.04", "trainable.kind=full"],
+        "loss.kl: the reference is the network without its adapter, trainable.kind full has none: "
+          + "use 0, or trainable.kind lora"
+      ),
       (["chunk.stepFraction=0"], "chunk.stepFraction: expected a number in (0, 1], got 0"),
       (
         ["chunk.draw='only:'"],
@@ -736,7 +742,6 @@ struct ConfigurationValidationTests {
   @Test(
     "what is not implemented names what is",
     arguments: [
-      ("loss.kl=0.04", "loss.kl: 0.04 is not implemented in this version; use 0"),
       ("loss.anchor=replay", "loss.anchor: replay is not implemented in this version; use rollout"),
       (
         "chunk.plan=auto",

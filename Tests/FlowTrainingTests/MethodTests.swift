@@ -456,6 +456,90 @@ struct PolicyUpdateTests {
     }
   }
 
+  // Oracle: the three divergences as they are defined, in one float64 graph from the velocity on. Samples without
+  // advantage leave nothing but the penalty; 2.5e-6 is float32 sums in another order, as for the objective. k3 takes its
+  // d from log-probabilities, differences of numbers near 1 whose float32 residuals are known to 1e-7.
+  @Test(
+    "the divergence from the reference has the gradient of its definition (hazard 7)",
+    arguments: [ReferencePenalty.Form.flowGRPO, .exact, .k3], [2, 48])
+  func penalty(_ form: ReferencePenalty.Form, _ microBatch: Int) throws {
+    let bench = try Bench()
+    let t = try bench.rollout()
+    let modules = bench.transformer.modules
+    let adapter = try LoRAAdapter(modules, rank: 2, alpha: 4, targets: ["to_q", "to_v"]) { name, count in
+      try! Bench.normals([count], name).floats()
+    }
+    for (name, layer) in adapter.layers {
+      try layer.up.setRequiresGrad(false)
+      try layer.up.copy(from: try Bench.normals(layer.up.shape, name + "up") * 0.3)
+      try layer.up.setRequiresGrad(true)
+    }
+    let names = adapter.parameters.keys.sorted()
+    func takeGradient() throws -> [Double] {
+      try names.flatMap { name in
+        let parameter = adapter.parameters[name]!
+        defer { try? parameter.clearGrad() }
+        return try parameter.grad()!.doubles()
+      }
+    }
+    let samples = [
+      UpdateSample(row: 0, advantage: 0, chunks: [(0..<2, 1), (2..<5, 3)]),
+      UpdateSample(row: 4, advantage: 0, steps: [([1], 0.5), ([2, 4], 1)]),
+    ]
+    var rule = bench.rule(microBatch: microBatch)
+    rule.penalty = ReferencePenalty(beta: 0.25, form: form) { body in
+      adapter.disable()
+      defer { adapter.enable() }
+      return try body()
+    }
+    let report = try rule.accumulate(samples, t, conditions: bench.conditions, first: false)
+    let got = try takeGradient()
+
+    let entries = samples.flatMap { s in s.chunks.flatMap { $0.steps.map { (row: s.row, step: $0) } } }
+    let v = try bench.velocity(entries, t).to(.float64)
+    adapter.disable()
+    let reference = try withoutGrad { try bench.velocity(entries, t).to(.float64) }
+    adapter.enable()
+    let x = try bench.states(entries, t, ahead: 0).to(.float64)
+    let next = try bench.states(entries, t, ahead: 1).to(.float64)
+    var at = 0
+    var total = try Tensor.zeros([], dtype: .float64)
+    for s in samples {
+      let weight = s.chunks.reduce(0) { $0 + $1.weight }
+      for chunk in s.chunks {
+        var sum = try Tensor.zeros([], dtype: .float64)
+        for i in chunk.steps {
+          let sigmas = bench.table.schedule.sigmas.map(Double.init)
+          let (sigma, delta) = (sigmas[i], sigmas[i + 1] - sigmas[i])
+          let g2 = bench.eta * bench.eta * sigma / (1 - (i == 0 ? sigmas[1] : sigma))
+          func mean(_ v: Tensor) throws -> Tensor {
+            try x[at] * (1 + g2 * delta / (2 * sigma)) + v[at]
+              * ((1 + g2 * (1 - sigma) / (2 * sigma)) * delta)
+          }
+          let (mu, other) = (try mean(v), try mean(reference))
+          switch form {
+          case .flowGRPO: sum = try sum + (mu - other).square().mean() * (1 / (2 * g2))
+          case .exact: sum = try sum + (mu - other).square().mean() * (1 / (2 * g2 * -delta))
+          case .k3:
+            let d = try (next[at] - mu).square().mean() - (next[at] - other).square().mean()
+            sum = try sum + d * (1 / (2 * g2 * -delta))
+          }
+          at += 1
+        }
+        let mean = try sum * (1 / Double(chunk.steps.count))
+        let divergence = form == .k3 ? try mean.exp() - mean - 1 : mean
+        total = try total + divergence * (chunk.weight / weight / 2)
+      }
+    }
+    try (total * 0.25).backward()
+    let expected = try takeGradient()
+    #expect(expected.contains { $0 != 0 })
+    #expect(relativeError(got, expected) < (form == .k3 ? 1e-3 : 2.5e-6))
+    let value = try total.item()
+    #expect(abs(report.divergence / value - 1) < (form == .k3 ? 1e-2 : 1e-5))
+    #expect(abs(report.objective + 0.25 * report.divergence) < 1e-12)
+  }
+
   // The oracle is a finite difference of the objective itself; truncation and float32 rounding leave 1 %.
   @Test("the gradient is the derivative of the objective (finite difference)")
   func finiteDifference() throws {

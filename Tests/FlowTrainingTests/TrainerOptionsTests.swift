@@ -32,6 +32,8 @@ struct TrainerOptionsTests {
       ["chunk.plan=adaptive", "chunk.stopSize=3"],
       ["chunk.plan=adaptive-shared", "chunk.draw=weighted", "chunk.distance=cosine"],
       ["chunk.draw=weighted:softmax", "chunk.stepFraction=0.5"],
+      ["loss.kl=0.5"], ["loss.kl=0.5", "loss.klForm=exact", "sampling.step=cps", "sampling.eta=0.8"],
+      ["loss.kl=0.5", "loss.klForm=k3", "optim.microBatch=2"],
       ["sampling.window=sliding:3,2,1", "chunk.plan=list:1,2"],
       ["sampling.window=random:3", "chunk.plan=adaptive", "chunk.stopSize=2", "chunk.minChunk=1"],
       [
@@ -54,6 +56,11 @@ struct TrainerOptionsTests {
     #expect(try shop.numbers("whole", "grad_norm").allSatisfy { $0 > 0 })
     let stored = try Configuration.load(file: shop.folder("whole").appending(path: "config.yaml"))
     #expect(stored != shop.configuration, "the overrides did not arrive")
+    if stored.loss.kl > 0 {
+      // The first update's policy is its own reference in the first iteration; from then on it moves away.
+      let divergence = try shop.numbers("whole", "kl")
+      #expect(divergence.allSatisfy { $0 > 0 } && divergence[0] < divergence[1])
+    }
   }
 
   // Oracle: the bounds of the definition, and that weights follow trajectories, which the seed changes.

@@ -143,6 +143,10 @@ extension Configuration {
     try positive(loss.advantageClip, "loss.advantageClip")
     try notNegative(loss.kl, "loss.kl")
     try require(
+      loss.kl == 0 || trainable.kind == .lora, "loss.kl",
+      "the reference is the network without its adapter, trainable.kind full has none: use 0, or trainable.kind lora"
+    )
+    try require(
       loss.kl == 0 || sampling.step != .cps || loss.klForm != .flowGRPO, "loss.klForm",
       "flowGRPO divides by g, which sampling.step cps does not have; use exact or k3")
   }
