@@ -109,6 +109,28 @@ public enum ChunkDraw: Sendable, Equatable, CustomStringConvertible {
     return drawn.sorted()
   }
 
+  /// The steps of a drawn chunk that are trained on: m = max(1, ⌊cs·q + 1e-9⌋) of its cs, every choice alike.
+  ///
+  /// The chunk keeps its weight W_j and its ratio becomes the geometric mean over the m steps, so that each has
+  /// ω = W_j / (m·ΣW): at ratio 1 the expected gradient is that of the whole chunk, as is the expected log-ratio
+  /// at any. A sample's time weights are those of whole chunks.
+  ///
+  /// - Parameters:
+  ///   - chunk: the chunk's steps.
+  ///   - fraction: q, the share to train on, in (0, 1]; 1 takes all and no random number.
+  ///   - generator: the sample's own stream.
+  /// - Returns: the steps in ascending order.
+  /// - Throws: ``ChunkError/fractionOutOfRange(_:)``.
+  public static func steps(
+    of chunk: Range<Int>, fraction: Double, using generator: inout some RandomNumberGenerator
+  ) throws(ChunkError) -> [Int] {
+    let count = try count(chunks: chunk.count, fraction: fraction)
+    var left = Array(chunk)
+    // what is removed, the fewest calls for a share near 1
+    for _ in 0..<(chunk.count - count) { left.remove(at: generator.index(below: left.count)) }
+    return left
+  }
+
   /// The chance of each chunk to be among the drawn.
   ///
   /// Drawing in proportion without replacement takes the m chunks whose exponential clocks of rate p_j ring

@@ -296,6 +296,27 @@ public enum ChunkStrategy: Sendable, Equatable, CustomStringConvertible {
     case .adaptive, .adaptiveShared: throw .needsCurve(plan: description)
     }
   }
+
+  /// The plan of each of `samples` trajectories over `n` trainable steps.
+  ///
+  /// - Parameter curves: one change curve of `n` steps for each sample; read by the adaptive strategies only.
+  /// - Throws: as ``plan(steps:)`` and ``ChunkPlan/adaptive(sharedBy:stopSize:minChunk:)``.
+  public func plans(
+    steps n: Int, samples: Int, curves: [[Double]], stopSize: Int, minChunk: Int
+  ) throws(ChunkError) -> [ChunkPlan] {
+    switch self {
+    case .adaptive:
+      var plans: [ChunkPlan] = []
+      for curve in curves {
+        plans.append(try .adaptive(curve: curve, stopSize: stopSize, minChunk: minChunk))
+      }
+      return plans
+    case .adaptiveShared:
+      let plan = try ChunkPlan.adaptive(sharedBy: curves, stopSize: stopSize, minChunk: minChunk)
+      return [ChunkPlan](repeating: plan, count: samples)
+    default: return [ChunkPlan](repeating: try plan(steps: n), count: samples)
+    }
+  }
 }
 
 /// `1,2,3` as integers; nil if any part is not one.

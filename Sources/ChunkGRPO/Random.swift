@@ -44,6 +44,10 @@ public enum Purpose: UInt32, Sendable, CaseIterable {
   case evaluationStepNoise = 7
   /// Examples, levels and noise of flow-matching pretraining.
   case pretraining = 8
+  /// Which steps of a drawn chunk a sample trains on.
+  case stepDraw = 9
+  /// Where the stochastic steps of a group are.
+  case window = 10
 }
 
 /// Where all random numbers of a run come from: a stream is a pure function of the seed and of what it is

@@ -13,10 +13,10 @@ public struct MetricsRow: Sendable {
   public var values: [String: Double] = [:]
   /// Named counts.
   public var counts: [String: Int] = [:]
-  /// Sizes of the chunks of the static plan.
+  /// Sizes of the chunks of the plan; where every sample has its own, of that of the mean change curve.
   public var chunkSizes: [Int] = []
-  /// Chance of each chunk to be drawn.
-  public var drawProbabilities: [Double] = []
+  /// Chance of each of these chunks to be the one drawn next, and to be among the drawn.
+  public var drawProbabilities: [Double] = [], inclusion: [Double] = []
   /// Wall-clock seconds of rollout, decode, reward and update.
   public var seconds: [String: Double] = [:]
 
@@ -29,6 +29,7 @@ public struct MetricsRow: Sendable {
     object["update"] = update
     object["chunk_sizes"] = chunkSizes
     object["draw_p"] = drawProbabilities.map(number)
+    object["draw_inclusion"] = inclusion.map(number)
     object["seconds"] = seconds.mapValues(number)
     let data = try JSONSerialization.data(
       withJSONObject: object, options: [.sortedKeys, .withoutEscapingSlashes])
@@ -62,6 +63,7 @@ public final class TimedNetwork: FlowModel {
   private let passesOfRow: Int
   private var clock = Stopwatch()
   private var passes = 0
+  private var rows = 0
 
   /// Times `base`, which takes `passesOfRow` passes of the transformer for a row of latents.
   public init(_ base: any FlowModel, passesOfRow: Int = 1) {
@@ -76,6 +78,7 @@ public final class TimedNetwork: FlowModel {
     -> Tensor
   {
     passes += latents.size(0) * passesOfRow
+    rows += latents.size(0)
     return try clock.time("") {
       try base.velocity(latents, times: times, condition: condition, guidance: guidance)
     }
@@ -84,6 +87,12 @@ public final class TimedNetwork: FlowModel {
   /// Back-propagates through passes of this network.
   func backward(_ output: Tensor, _ gradient: Tensor) throws {
     try clock.time("") { try output.backward(gradient) }
+  }
+
+  /// Rows of forward passes since the last call, repeats that fill up a pass included.
+  func takeRows() -> Int {
+    defer { rows = 0 }
+    return rows
   }
 
   /// Seconds since the last call.

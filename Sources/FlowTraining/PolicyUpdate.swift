@@ -9,10 +9,14 @@ public struct UpdateSample: Sendable {
   public let row: Int
   /// A.
   public let advantage: Double
-  /// The drawn chunks: steps and weight W_j.
-  public let chunks: [(steps: Range<Int>, weight: Double)]
-  /// Creates a sample's part.
+  /// The drawn chunks: the steps trained on and weight W_j.
+  public let chunks: [(steps: [Int], weight: Double)]
+  /// Creates a sample's part from whole chunks.
   public init(row: Int, advantage: Double, chunks: [(steps: Range<Int>, weight: Double)]) {
+    self.init(row: row, advantage: advantage, steps: chunks.map { (Array($0.steps), $0.weight) })
+  }
+  /// Creates a sample's part from some steps of each drawn chunk.
+  public init(row: Int, advantage: Double, steps chunks: [(steps: [Int], weight: Double)]) {
     self.row = row
     self.advantage = advantage
     self.chunks = chunks
@@ -32,6 +36,34 @@ public struct UpdateReport: Sendable {
   public var replayGap = 0.0
   /// Row and step of ``replayGap``.
   public var replayGapAt: (row: Int, step: Int)?
+  /// Divergence from the reference, weighted over steps as the objective is; without β.
+  public var divergence = 0.0
+}
+
+/// −β·(divergence from the reference policy), added to every sample's share of the objective.
+///
+/// A step's divergence counts with its ω, see ``SampleObjective``: a chunk's is the mean over its steps.
+public struct ReferencePenalty {
+  /// How a divergence is formed.
+  public enum Form: String, Sendable {
+    /// mean((μ − μ_ref)²)/(2g²), Flow-GRPO's: without the step size.
+    case flowGRPO
+    /// mean((μ − μ_ref)²)/(2s²): the Gaussians' own, for an element.
+    case exact
+    /// e^d − 1 − d with d the chunk's mean of log p_ref − log p_θ.
+    case k3
+  }
+  /// β.
+  public let beta: Double
+  /// The form.
+  public let form: Form
+  /// Runs its argument with the reference policy in the network's place.
+  public let reference: (() throws -> Tensor) throws -> Tensor
+
+  /// Creates a penalty.
+  public init(beta: Double, form: Form, reference: @escaping (() throws -> Tensor) throws -> Tensor) {
+    (self.beta, self.form, self.reference) = (beta, form, reference)
+  }
 }
 
 /// Recomputes log-probabilities of stored transitions and back-propagates the clipped objective.
@@ -52,6 +84,8 @@ public struct PolicyUpdate {
   public let ratio: RatioKind
   /// ε⁻ and ε⁺.
   public let clip: ClipRange
+  /// Divergence from a reference; every sample then costs passes, with advantage or without.
+  public var penalty: ReferencePenalty?
   /// Called before every pass; throws to stop.
   public var beforeStep: () throws -> Void = {}
 
@@ -73,7 +107,7 @@ public struct PolicyUpdate {
   /// Adds −∇(objective) of `samples` to the gradients of the trainable parameters.
   ///
   /// - Parameters:
-  ///   - samples: all samples of the update: those with advantage 0 count in S and cost nothing.
+  ///   - samples: all samples of the update: those with advantage 0 count in S and, without a penalty, cost nothing.
   ///   - trajectories: where their states and old log-probabilities are.
   ///   - conditions: one a row.
   ///   - first: whether θ is still the policy that sampled, so that replayed log-probabilities must be equal.
@@ -81,7 +115,7 @@ public struct PolicyUpdate {
     _ samples: [UpdateSample], _ trajectories: Trajectories, conditions: [Condition], first: Bool
   ) throws -> UpdateReport {
     var report = UpdateReport()
-    let active = samples.filter { $0.advantage != 0 }
+    let active = samples.filter { $0.advantage != 0 || penalty != nil }
     let onePass = active.allSatisfy { $0.stepCount <= microBatch }
     for group in onePass ? packed(active) : active.map({ [$0] }) {
       let entries = group.flatMap { sample in
@@ -89,20 +123,19 @@ public struct PolicyUpdate {
       }
       if onePass {
         let residuals = try self.residuals(entries, trajectories, conditions)
-        let weights = try weights(
-          group, entries, try residuals.doubles(), trajectories, samples.count, first, &report)
-        try network.backward(residuals, try gradient(weights, like: residuals))
+        let weights = try weights(group, try residuals.rows(), trajectories, samples.count, first, &report)
+        try network.backward(residuals, try gradient(weights[...], like: residuals))
       } else {
-        var values: [Double] = []
-        for range in Batches(entries.count, of: microBatch) {
+        var values: [[Double]] = []
+        for range in passes(entries.count) {
           values += try withoutGrad {
-            try residuals(Array(entries[range]), trajectories, conditions).doubles()
+            try residuals(Array(entries[range]), trajectories, conditions).rows()
           }
         }
-        let weights = try weights(group, entries, values, trajectories, samples.count, first, &report)
-        for range in Batches(entries.count, of: microBatch) {
+        let weights = try weights(group, values, trajectories, samples.count, first, &report)
+        for range in passes(entries.count) {
           let residuals = try self.residuals(Array(entries[range]), trajectories, conditions)
-          try network.backward(residuals, try gradient(Array(weights[range]), like: residuals))
+          try network.backward(residuals, try gradient(weights[range], like: residuals))
         }
       }
     }
@@ -114,9 +147,16 @@ public struct PolicyUpdate {
     row: Int, steps: [Int], _ trajectories: Trajectories, conditions: [Condition]
   ) throws -> [Double] {
     let values = try withoutGrad {
-      try residuals(steps.map { Entry(row: row, step: $0) }, trajectories, conditions).doubles()
+      try residuals(steps.map { Entry(row: row, step: $0) }, trajectories, conditions).rows()
     }
-    return zip(steps, values).map { table.logProbability(meanSquaredResidual: $1, step: $0) }
+    return zip(steps, values).map { table.logProbability(meanSquaredResidual: $1[0], step: $0) }
+  }
+
+  /// Ranges of entries, one a pass. All passes are filled up to as many rows as the rollout's had: none may have more.
+  private func passes(_ count: Int) -> [Range<Int>] {
+    let (even, rows) = (Batches(count, of: microBatch), max(microBatch, 2))
+    guard even.largest > rows else { return Array(even) }
+    return stride(from: 0, to: count, by: rows).map { $0..<min($0 + rows, count) }
   }
 
   /// Whole samples packed into micro-batches, in order.
@@ -134,7 +174,8 @@ public struct PolicyUpdate {
     return groups
   }
 
-  /// Mean squared residuals [entries] of stored transitions under the network as it is now.
+  /// Mean squared residuals [entries, 1 or 2] of stored transitions under the network as it is now; with a penalty beside
+  /// them mean((μ − μ_ref)²), or for k3 the reference's residuals, which have no gradient.
   private func residuals(
     _ entries: [Entry], _ trajectories: Trajectories, _ conditions: [Condition]
   ) throws -> Tensor {
@@ -151,24 +192,34 @@ public struct PolicyUpdate {
     let x = try states(0)
     let times = try Tensor(rows.map { table.times[$0.step] }).to(x.device)
     let condition = try Condition.stack(rows.map { conditions[$0.row] })
-    let v = try network.velocity(x, times: times, condition: condition, guidance: guidance)
-    let mean = try table.mean(x, v, rows.map(\.step))
-    return try table.meanSquaredResidual(try states(1), mean).narrow(0, 0, entries.count)
+    func mean() throws -> Tensor {
+      let v = try network.velocity(x, times: times, condition: condition, guidance: guidance)
+      return try table.mean(x, v, rows.map(\.step))
+    }
+    let (next, now) = (try states(1), try mean())
+    var columns = [try table.meanSquaredResidual(next, now)]
+    if let penalty {
+      let reference = try penalty.reference { try withoutGrad { try mean() } }
+      columns.append(try table.meanSquaredResidual(penalty.form == .k3 ? next : now, reference))
+    }
+    return try Tensor.stack(columns, 1).narrow(0, 0, entries.count)
   }
 
-  /// Coefficients of −objective with respect to each entry's mean squared residual.
+  /// Coefficients of −objective with respect to each entry's values.
   private func weights(
-    _ samples: [UpdateSample], _ entries: [Entry], _ residuals: [Double], _ trajectories: Trajectories,
-    _ total: Int,
+    _ samples: [UpdateSample], _ values: [[Double]], _ trajectories: Trajectories, _ total: Int,
     _ first: Bool, _ report: inout UpdateReport
-  ) throws -> [Double] {
+  ) throws -> [[Double]] {
     var next = 0
-    var result: [Double] = []
+    var result: [[Double]] = []
     for sample in samples {
+      var beside: [[Double]] = []
       let chunks = sample.chunks.map { chunk in
-        let new = chunk.steps.map { step in
-          defer { next += 1 }
-          return table.logProbability(meanSquaredResidual: residuals[next], step: step)
+        let mine = values[next..<(next + chunk.steps.count)]
+        next += chunk.steps.count
+        if penalty != nil { beside.append(mine.map { $0[1] }) }
+        let new = zip(chunk.steps, mine).map {
+          table.logProbability(meanSquaredResidual: $1[0], step: $0)
         }
         let old = chunk.steps.map { trajectories.logProbabilities[sample.row][$0] }
         return TrainedChunk(new: new, old: old, weight: chunk.weight)
@@ -189,14 +240,49 @@ public struct PolicyUpdate {
       report.ratios += share.ratios
       report.clipped += share.clipped.filter { $0 }.count
       report.objective += share.value
-      for (steps, coefficients) in zip(sample.chunks.map(\.steps), share.coefficients) {
-        result += zip(steps, coefficients).map { -$1 * table.logProbabilitySlope(step: $0) }
+      for (j, chunk) in chunks.enumerated() {
+        let (steps, omega) = (sample.chunks[j].steps, share.stepWeights[j])
+        var coefficients = share.coefficients[j]
+        var divergences: [Double] = []
+        switch penalty?.form {
+        case nil: break
+        case .k3:
+          let reference = zip(steps, beside[j]).map {
+            table.logProbability(meanSquaredResidual: $1, step: $0)
+          }
+          let k3 = SampleObjective.k3(
+            chunk: chunk, reference: reference, beta: penalty!.beta, stepWeight: omega)
+          coefficients = coefficients.map { $0 + k3.coefficient }
+          divergences = steps.map { _ in 0 }
+          report.objective += k3.value
+          report.divergence -= k3.value / penalty!.beta
+        case .flowGRPO, .exact:
+          divergences = try steps.map {
+            try penalty!.beta * omega * table.steps[$0].klWeight(exact: penalty!.form == .exact)
+          }
+          let value = zip(divergences, beside[j]).reduce(0) { $0 + $1.0 * $1.1 }
+          report.objective -= value
+          report.divergence += value / penalty!.beta
+        }
+        for (i, step) in steps.enumerated() {
+          let slope = -coefficients[i] * table.logProbabilitySlope(step: step)
+          result.append(penalty == nil ? [slope] : [slope, divergences[i]])
+        }
       }
     }
     return result
   }
 
-  private func gradient(_ weights: [Double], like residuals: Tensor) throws(TorchError) -> Tensor {
-    try Tensor(weights.map { Float($0) }).to(residuals.device)
+  private func gradient(_ weights: ArraySlice<[Double]>, like residuals: Tensor) throws(TorchError) -> Tensor
+  {
+    try Tensor(weights.flatMap { $0.map { Float($0) } }, shape: residuals.shape).to(residuals.device)
+  }
+}
+
+extension Tensor {
+  /// The rows of a matrix.
+  fileprivate func rows() throws(TorchError) -> [[Double]] {
+    let (values, width) = (try doubles(), size(1))
+    return stride(from: 0, to: values.count, by: width).map { Array(values[$0..<($0 + width)]) }
   }
 }

@@ -18,12 +18,15 @@ public struct Trajectories {
     self.logProbabilities = logProbabilities
   }
 
-  /// d_i of every sample over steps 0 … N−1, the dynamics that adaptive plans read.
-  public func dynamics(_ distance: Distance) throws -> [[Double]] {
-    let (steps, samples) = (states.size(0) - 1, states.size(1))
-    return try (0..<samples).map { s in
-      let x = try (0...steps).map { try states[$0][s].floats() }
-      return (0..<steps - 1).map { distance(from: x[$0], to: x[$0 + 1]) }
+  /// d_i of every sample over its steps, the dynamics that adaptive plans and weighted draws read.
+  ///
+  /// - Parameter steps: the trainable steps of each sample; nil for 0 … N−1.
+  /// - Returns: one curve a sample, with a value for each of its steps.
+  public func dynamics(_ distance: Distance, over steps: [Range<Int>]? = nil) throws -> [[Double]] {
+    try (0..<states.size(1)).map { s in
+      let steps = steps?[s] ?? 0..<(states.size(0) - 2)
+      let x = try (steps.lowerBound...steps.upperBound).map { try states[$0][s].floats() }
+      return zip(x, x.dropFirst()).map { distance(from: $0, to: $1) }
     }
   }
 }
@@ -54,74 +57,127 @@ public struct Rollout {
   /// - Parameters:
   ///   - initial: x_0 [S, ...] float32.
   ///   - conditions: one a sample.
+  ///   - paths: one a sample, over the table's schedule; nil takes ``TransitionTable/steps``. Levels that a path leaves
+  ///     out are NaN in the trajectories.
+  ///   - sharing: this many consecutive samples have one x_0, condition and path, and the moves before the first
+  ///     stochastic one are computed once for all of them; 1 shares nothing. Where passes have equally many rows
+  ///     (``fillsRows``), not a bit of the result changes.
   ///   - noise: fills ε of sample s at step i.
   /// - Returns: the trajectories.
   public func sample(
-    _ network: any FlowModel, initial: Tensor, conditions: [Condition],
+    _ network: any FlowModel, initial: Tensor, conditions: [Condition], paths: [SamplingPath]? = nil,
+    sharing: Int = 1,
     noise: (_ sample: Int, _ step: Int, _ out: UnsafeMutableBufferPointer<Float>) -> Void
   ) throws -> Trajectories {
-    let samples = initial.size(0)
-    let steps = table.steps.count
-    let states = try Tensor.zeros([steps + 1] + initial.shape, device: initial.device)
+    let (samples, steps) = (initial.size(0), table.steps.count)
+    let paths = paths ?? [SamplingPath](repeating: table.path, count: samples)
+    let skips = paths.contains { $0.moves.count < steps }
+    let states = try Tensor.full(
+      [steps + 1] + initial.shape, skips ? Double.nan : 0, device: initial.device)
     let clean = try Tensor.zeros(like: initial)
     var logProbabilities = [[Double]](repeating: [Double](repeating: .nan, count: steps - 1), count: samples)
     try states[0].copy(from: initial)
-    try withoutGrad {
-      for range in Batches(samples, of: batch) {
-        let members = filled(Array(range), to: fillsRows ? batch : 0)
-        let condition = try Condition.stack(members.map { conditions[$0] })
-        var x = try initial[range]
-        /// x with as many rows as the pass has, and back.
-        func widened(_ x: Tensor) throws -> Tensor {
-          guard members.count > range.count else { return x }
-          let last = try x[(range.count - 1)..<range.count]
-          return try Tensor.cat([x] + [Tensor](repeating: last, count: members.count - range.count))
-        }
-        for i in 0..<steps {
+
+    func walk(_ walks: [Walk]) throws {
+      // Walks of about one length go together; those that have ended leave their rows to repeats.
+      let walks = walks.filter { !$0.moves.isEmpty }.sorted { $0.moves.count > $1.moves.count }
+      for range in Batches(walks.count, of: batch) {
+        let members = Array(walks[range])
+        let rows = fillsRows ? max(batch, members.count) : members.count
+        let condition = try Condition.stack(
+          filled(members, to: rows).map { conditions[$0.samples.lowerBound] })
+        var x = try Tensor.cat(
+          members.map { walk in
+            let s = walk.samples.lowerBound
+            return try states[walk.moves[walk.moves.startIndex].from][s..<(s + 1)]
+          })
+        var previous: Tensor?
+        for k in 0..<members[0].moves.count {
+          let going = members.prefix { $0.moves.count > k }
+          let moves = going.map { $0.moves[$0.moves.startIndex + k] }
+          x = try x.narrow(0, 0, moves.count)
           try beforeStep()
-          let v = try network.velocity(try widened(x), at: i, table, condition, guidance)[0..<range.count]
-          if i == steps - 1 { try clean[range].copy(from: try table.cleanEstimate(x, v, step: i)) }
-          let rows = [Int](repeating: i, count: range.count)
-          let mean = try table.mean(x, v, rows)
-          if table.steps[i].isStochastic {
-            x = try table.sample(mean, noise: try noiseTensor(range, i, x, noise), rows)
-            if i < steps - 1 {
-              let residuals = try table.meanSquaredResidual(x, mean).doubles()
-              for (s, value) in zip(range, residuals) {
-                logProbabilities[s][i] = table.logProbability(meanSquaredResidual: value, step: i)
-              }
-            }
-          } else {
-            x = mean
+          let times = try Tensor(filled(moves, to: rows).map { table.times[$0.from] }).to(x.device)
+          var v = try network.velocity(
+            try widened(x, to: rows), times: times, condition: condition, guidance: guidance
+          )[0..<moves.count]
+          let found = v
+          if let previous, moves.contains(where: { $0.extrapolation != 0 }) {
+            v = try v + (v - previous[0..<moves.count]) * column(moves.map(\.extrapolation), like: v)
           }
-          try states[i + 1][range].copy(from: x)
+          previous = found
+          let transitions = moves.map(\.step)
+          let mean = try table.mean(x, v, transitions)
+          if moves.contains(where: { $0.to == steps }) {
+            let estimate = try table.cleanEstimate(x, v, moves.map(\.from))
+            for (r, move) in moves.enumerated() where move.to == steps {
+              for s in going[r].samples { try clean[s].copy(from: try estimate[r]) }
+            }
+          }
+          x = mean
+          if transitions.contains(where: \.isStochastic) {
+            x = try table.sample(mean, noise: try noiseTensor(going, moves, like: x, noise), transitions)
+            let residuals = try table.meanSquaredResidual(x, mean).doubles()
+            for (r, move) in moves.enumerated() where move.step.isStochastic && move.to < steps {
+              logProbabilities[going[r].samples.lowerBound][move.from] = table.logProbability(
+                meanSquaredResidual: residuals[r], step: move.from)
+            }
+          }
+          for (r, move) in moves.enumerated() {
+            for s in going[r].samples { try states[move.to][s].copy(from: try x[r]) }
+          }
         }
       }
+    }
+    try withoutGrad {
+      var started = 0
+      if sharing > 1 {
+        try walk(
+          stride(from: 0, to: samples, by: sharing).map { s in
+            Walk(samples: s..<min(s + sharing, samples), moves: paths[s].moves[..<paths[s].stem])
+          })
+        started = 1
+      }
+      try walk(
+        (0..<samples).map { s in
+          Walk(samples: s..<(s + 1), moves: paths[s].moves[(started * paths[s].stem)...])
+        })
     }
     return Trajectories(states: states, clean: clean, logProbabilities: logProbabilities)
   }
 
+  /// Consecutive moves of samples that are still one.
+  private struct Walk {
+    let samples: Range<Int>
+    let moves: ArraySlice<SamplingPath.Move>
+  }
+
+  /// `x` with its last row repeated until there are `rows`.
+  private func widened(_ x: Tensor, to rows: Int) throws -> Tensor {
+    let missing = rows - x.size(0)
+    guard missing > 0 else { return x }
+    let last = try x[(x.size(0) - 1)..<x.size(0)]
+    return try Tensor.cat([x] + [Tensor](repeating: last, count: missing))
+  }
+
+  /// ε of every stochastic row; 0 in the others.
   private func noiseTensor(
-    _ range: Range<Int>, _ step: Int, _ x: Tensor,
+    _ walks: ArraySlice<Walk>, _ moves: [SamplingPath.Move], like x: Tensor,
     _ noise: (Int, Int, UnsafeMutableBufferPointer<Float>) -> Void
   ) throws -> Tensor {
-    let each = x.count / range.count
-    let values = [Float](unsafeUninitializedCapacity: each * range.count) { buffer, count in
-      for (row, s) in range.enumerated() {
-        noise(s, step, UnsafeMutableBufferPointer(rebasing: buffer[(row * each)..<((row + 1) * each)]))
+    let each = x.count / moves.count
+    let values = [Float](unsafeUninitializedCapacity: x.count) { buffer, count in
+      for (r, (walk, move)) in zip(walks, moves).enumerated() {
+        let row = UnsafeMutableBufferPointer(rebasing: buffer[(r * each)..<((r + 1) * each)])
+        if move.step.isStochastic {
+          noise(walk.samples.lowerBound, move.from, row)
+        } else {
+          row.initialize(repeating: 0)
+        }
       }
-      count = each * range.count
+      count = x.count
     }
     return try Tensor(values, shape: x.shape).to(x.device)
-  }
-}
-
-extension FlowModel {
-  func velocity(
-    _ x: Tensor, at step: Int, _ table: TransitionTable, _ condition: Condition, _ guidance: Double?
-  ) throws -> Tensor {
-    let times = try Tensor.full([x.size(0)], Double(table.times[step]), device: x.device)
-    return try velocity(x, times: times, condition: condition, guidance: guidance)
   }
 }
 

@@ -35,7 +35,6 @@ public final class Trainer {
   private let folder: RunFolder
   private let rewards: RewardSet
   private let table: TransitionTable
-  private let window: Range<Int>
   private let strategy: ChunkStrategy
   private let draw: ChunkDraw
   private let timeWeight: TimeWeight
@@ -61,12 +60,11 @@ public final class Trainer {
     rewards = try RewardSet(c.rewards)
     engine = try Engine(c)
     random = RandomPlan(seed: c.seed)
-    window = c.sampling.trainableSteps
     let schedule = try engine.trainingSchedule(c.sampling)
+    // Every step that any window may hold; where the noise is, each group's path says.
     table = try TransitionTable(
       schedule: schedule, kind: StepKind(rawValue: c.sampling.step.rawValue)!, eta: c.sampling.eta,
-      stochastic: window,
-      truncatedTimes: c.sampling.time == .truncated)
+      stochastic: 0..<(c.sampling.steps - 1), truncatedTimes: c.sampling.time == .truncated)
     strategy = try ChunkStrategy(c.chunk.plan)
     draw = try ChunkDraw(c.chunk.draw)
     timeWeight = TimeWeight(rawValue: c.chunk.timeWeight.rawValue)!
@@ -93,8 +91,11 @@ public final class Trainer {
   public var summary: [(String, String)] {
     let c = configuration
     let total = engine.network.modules.parameters.reduce(0) { $0 + $1.tensor.count }
+    let window = c.sampling.trainableSteps
     let plan = (try? strategy.plan(steps: window.count))?.sizes.description ?? strategy.description
-    let trained = (try? averageTrainedSteps()) ?? 0
+    let sampled = (try? rowsOfRollout()) ?? c.samplesPerIteration * c.sampling.steps
+    let moves = (c.sampling.window.moves ? "about " : "") + "\(sampled) in rollouts"
+    let trained = (try? averageTrainedSteps()).map { "about \(Int($0.rounded())) in updates" }
     return [
       ("prompts", "\(prompts.count) (\(c.prompts.split))"),
       ("images per iteration", "\(c.samplesPerIteration)"),
@@ -102,20 +103,34 @@ public final class Trainer {
       ("trainable parameters", "\(policy.count)"),
       ("network dtype, device", "\(engine.pipeline.network.dtype), \(engine.device)"),
       ("latents of an image", engine.latentShape.map(String.init).joined(separator: " × ")),
-      ("chunks over steps \(window.lowerBound)…\(window.upperBound - 1)", plan),
+      (
+        c.sampling.window.moves && c.sampling.window != .drawn
+          ? "chunks over \(window.count) steps"
+          : "chunks over steps \(window.lowerBound)…\(window.upperBound - 1)", plan
+      ),
       (
         "forward passes per iteration",
-        "\(c.samplesPerIteration * c.sampling.steps) in rollouts, about \(Int(trained.rounded())) in updates"
+        "\(moves), \(trained ?? "updates follow the latents")"
       ),
       ("optimizer steps", "\(c.run.iterations * c.optim.updatesPerIteration)"),
     ]
   }
 
   private func averageTrainedSteps() throws -> Double {
-    let plan = try strategy.plan(steps: window.count)
+    let plan = try strategy.plan(steps: configuration.sampling.trainableSteps.count)
     let inclusion = try draw.inclusionProbabilities(of: plan, fraction: configuration.chunk.fraction)
-    return zip(plan.sizes, inclusion).reduce(0) { $0 + Double($1.0) * $1.1 }
-      * Double(configuration.samplesPerIteration)
+    return try zip(plan.sizes, inclusion).reduce(0) {
+      $0 + Double(try ChunkDraw.count(chunks: $1.0, fraction: configuration.chunk.stepFraction)) * $1.1
+    } * Double(configuration.samplesPerIteration)
+  }
+
+  /// Network evaluations of the first iteration's rollout.
+  private func rowsOfRollout() throws -> Int {
+    let size = configuration.group.size
+    return try courses(samplesOfIteration()).reduce(0) { sum, course in
+      let stem = configuration.sampling.prefix == .shared ? course.path.stem : 0
+      return sum + stem + size * (course.path.moves.count - stem)
+    }
   }
 
   /// Rows of every forward pass of rollout and update alike.
@@ -174,7 +189,9 @@ public final class Trainer {
     let batch = samplesOfIteration()
     let conditions = try batch.map { try engine.encoder($0.prompt.text) }
 
-    let trajectories = try clock.time("rollout") { try rollout(batch, conditions) }
+    let courses = try courses(batch)
+    let trajectories = try clock.time("rollout") { try rollout(batch, conditions, courses) }
+    row.counts["rows_rollout"] = engine.network.takeRows()
     let images = try clock.time("decode") {
       let last =
         configuration.sampling.decode == .x0 ? trajectories.clean : try trajectories.states[table.steps.count]
@@ -188,8 +205,9 @@ public final class Trainer {
       return scores
     }
     let advantages = try advantages(scored, &row)
-    let samples = try drawChunks(batch, trajectories, advantages.values, &row)
+    let samples = try drawChunks(batch, courses, trajectories, advantages.values, &row)
     try clock.time("update") { try self.update(samples, trajectories, conditions, &row) }
+    row.counts["rows_update"] = engine.network.takeRows()
 
     row.iteration = iteration + 1
     row.update = update
@@ -198,8 +216,8 @@ public final class Trainer {
     row.seconds["network"] = engine.network.takeSeconds()
     row.seconds["cpu"] = Stopwatch.processSeconds - spent
     row.counts["network_passes"] = engine.network.takePasses()
-    row.counts["trained_steps"] = samples.reduce(0) { $0 + $1.chunks.reduce(0) { $0 + $1.steps.count } }
     try look(&row)
+    _ = (engine.network.takeSeconds(), engine.network.takeRows())
     return row
   }
 
@@ -230,7 +248,38 @@ public final class Trainer {
     return result
   }
 
-  private func rollout(_ batch: [Sample], _ conditions: [Condition]) throws -> Trajectories {
+  /// What the samples of a group have in common: noise windows that differ within it would make rewards differ by them.
+  private struct Course {
+    /// Steps that chunks are planned for.
+    let window: Range<Int>
+    /// Chunks drawn for the whole group, where they decide where the noise is.
+    let drawn: [Int]?
+    let path: SamplingPath
+  }
+
+  /// One course a group.
+  private func courses(_ batch: [Sample]) throws -> [Course] {
+    let c = configuration
+    return try stride(from: 0, to: batch.count, by: c.group.size).map { s in
+      let (prompt, number) = (batch[s].prompt.text, batch[s].number)
+      var stream = random.stream(.window, iteration: iteration, prompt: prompt, sample: number)
+      let window = c.sampling.window(iteration: iteration, using: &stream)
+      var (noisy, drawn) = ([window], [Int]?.none)
+      if c.sampling.window == .drawn {
+        let plan = try strategy.plan(steps: window.count)
+        let chunks = try draw.draw(from: plan, fraction: c.chunk.fraction, using: &stream)
+        (noisy, drawn) = (chunks.map { plan.ranges[$0] }, chunks)
+      }
+      let path = try SamplingPath(
+        table.schedule, kind: StepKind(rawValue: c.sampling.step.rawValue)!, eta: c.sampling.eta,
+        stochastic: noisy, coarse: c.sampling.coarse)
+      return Course(window: window, drawn: drawn, path: path)
+    }
+  }
+
+  private func rollout(
+    _ batch: [Sample], _ conditions: [Condition], _ courses: [Course]
+  ) throws -> Trajectories {
     let streams = batch.map { sample in
       switch configuration.sampling.sharedNoise {
       case .group: random.stream(.initialNoise, iteration: iteration, prompt: sample.prompt.text)
@@ -241,8 +290,12 @@ public final class Trainer {
     }
     var sampler = engine.rollout(table, rows: rows)
     sampler.beforeStep = Interruption.check
-    return try sampler.sample(engine.network, initial: try engine.noise(streams), conditions: conditions) {
-      s, i, out in
+    let size = configuration.group.size
+    return try sampler.sample(
+      engine.network, initial: try engine.noise(streams), conditions: conditions,
+      paths: batch.indices.map { courses[$0 / size].path },
+      sharing: configuration.sampling.prefix == .shared ? size : 1
+    ) { s, i, out in
       var stream = random.stream(
         .stepNoise, iteration: iteration, prompt: batch[s].prompt.text, sample: batch[s].number, step: i)
       stream.fillNormal(out)
@@ -284,25 +337,57 @@ public final class Trainer {
 
   /// Cuts every trajectory into chunks and draws those it is trained on.
   private func drawChunks(
-    _ batch: [Sample], _ trajectories: Trajectories, _ advantages: [Double], _ row: inout MetricsRow
+    _ batch: [Sample], _ courses: [Course], _ trajectories: Trajectories, _ advantages: [Double],
+    _ row: inout MetricsRow
   ) throws -> [UpdateSample] {
-    let plan = try strategy.plan(steps: window.count)
-    let weights = try timeWeight.weights(plan: plan, steps: Array(table.steps[window]))
+    let c = configuration.chunk
+    let courses = batch.indices.map { courses[$0 / configuration.group.size] }
+    let windows = courses.map(\.window)
+    let curves =
+      strategy.needsCurve || draw.needsWeights
+      ? try trajectories.dynamics(Distance(rawValue: c.distance.rawValue)!, over: windows) : []
+    let plans = try strategy.plans(
+      steps: windows[0].count, samples: batch.count, curves: curves, stopSize: c.stopSize,
+      minChunk: c.minChunk)
+    /// w_j, the mean change of a chunk's steps
+    func weights(_ plan: ChunkPlan, _ curve: [Double]?) -> [Double]? {
+      draw.needsWeights ? curve.map(plan.means) : nil
+    }
+    let mean = curves.first?.indices.map { i in
+      curves.reduce(0) { $0 + $1[i] } / Double(curves.count)
+    }
+    let plan =
+      strategy == .adaptive
+      ? try .adaptive(curve: mean ?? [], stopSize: c.stopSize, minChunk: c.minChunk) : plans[0]
     row.chunkSizes = plan.sizes
-    row.drawProbabilities = try draw.probabilities(of: plan)
-    return try batch.enumerated().map { r, sample in
+    row.drawProbabilities = try draw.probabilities(of: plan, weights: weights(plan, mean))
+    row.inclusion = try draw.inclusionProbabilities(
+      of: plan, fraction: c.fraction, weights: weights(plan, mean))
+    if strategy == .adaptive { row.counts["plans"] = Set(plans.map(\.sizes)).count }
+    let samples = try batch.enumerated().map { r, sample in
+      let (plan, window) = (plans[r], windows[r])
+      let timeWeights = try timeWeight.weights(plan: plan, steps: Array(table.steps[window]))
       var stream = random.stream(
         .chunkDraw, iteration: iteration, prompt: sample.prompt.text, sample: sample.number)
-      let drawn = try draw.draw(from: plan, fraction: configuration.chunk.fraction, using: &stream)
-      let chunks = drawn.map { j in
-        let range = plan.ranges[j]
-        return (
-          steps: (range.lowerBound + window.lowerBound)..<(range.upperBound + window.lowerBound),
-          weight: weights[j]
-        )
+      let drawn =
+        try courses[r].drawn
+        ?? draw.draw(
+          from: plan, fraction: c.fraction, weights: weights(plan, curves.isEmpty ? nil : curves[r]),
+          using: &stream)
+      var choice = random.stream(
+        .stepDraw, iteration: iteration, prompt: sample.prompt.text, sample: sample.number)
+      let chunks = try drawn.map { j in
+        let steps = try ChunkDraw.steps(of: plan.ranges[j], fraction: c.stepFraction, using: &choice)
+        return (steps: steps.map { $0 + window.lowerBound }, weight: timeWeights[j])
       }
-      return UpdateSample(row: r, advantage: advantages[r], chunks: chunks)
+      return UpdateSample(row: r, advantage: advantages[r], steps: chunks)
     }
+    row.counts["zero_samples"] = samples.count { $0.advantage == 0 }
+    // A divergence from the reference trains on the others too.
+    row.counts["trained_steps"] = samples.reduce(0) {
+      $0 + ($1.advantage != 0 || configuration.loss.kl > 0 ? $1.stepCount : 0)
+    }
+    return samples
   }
 
   /// The updates of one iteration.
@@ -315,6 +400,16 @@ public final class Trainer {
       table, microBatch: rows, ratio: RatioKind(rawValue: c.chunk.ratio.rawValue)!,
       clip: ClipRange(low: c.loss.clip[0], high: c.loss.clip[1]))
     rule.beforeStep = Interruption.check
+    if c.loss.kl > 0 {
+      let adapter = policy.adapter!  // all weights trained: the configuration is refused
+      rule.penalty = ReferencePenalty(
+        beta: c.loss.kl, form: ReferencePenalty.Form(rawValue: c.loss.klForm.rawValue)!
+      ) { body in
+        adapter.disable()
+        defer { adapter.enable() }
+        return try body()
+      }
+    }
     // Until the iteration is done this is the state that a signal falls back to.
     boundary = try snapshot()
     var stream = random.stream(.sampleOrder, iteration: iteration)
@@ -322,6 +417,7 @@ public final class Trainer {
     var deviations: [Double] = []
     var clipped = 0
     var norms: [Double] = []
+    var divergence = 0.0
     let parts = c.optim.updatesPerIteration
     for u in 0..<parts {
       let chosen = order[(samples.count * u / parts)..<(samples.count * (u + 1) / parts)].map { samples[$0] }
@@ -342,7 +438,9 @@ public final class Trainer {
       norms.append(norm)
       deviations += result.ratios.map { abs($0 - 1) }
       clipped += result.clipped
+      divergence += result.divergence / Double(parts)
     }
+    if c.loss.kl > 0 { row.values["kl"] = divergence }
     row.values["grad_norm"] = norms.reduce(0, +) / Double(norms.count)
     row.values["ratio_dev"] = deviations.isEmpty ? 0 : deviations.reduce(0, +) / Double(deviations.count)
     row.values["ratio_dev_max"] = deviations.max() ?? 0

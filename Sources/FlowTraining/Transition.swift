@@ -12,41 +12,41 @@ public struct TransitionTable {
   public let steps: [SDEStep]
   /// What the network is told at each step, in 0 … 1000.
   public let times: [Float]
+  /// The way through all of ``steps``.
+  let path: SamplingPath
 
   /// Steps inside `stochastic` are of `kind`, the others deterministic.
   public init(
     schedule: NoiseSchedule, kind: StepKind, eta: Double, stochastic: Range<Int>, truncatedTimes: Bool = false
   ) throws {
     self.schedule = schedule
-    let noisy = try schedule.allSteps(kind: kind, eta: eta)
-    let plain = try schedule.allSteps(kind: .ode, eta: 0)
-    // The last step, into σ = 0, is sampled like the others and never trained on.
-    steps = noisy.indices.map { i in
-      stochastic.contains(i) || (i == noisy.count - 1 && stochastic.upperBound == i) ? noisy[i] : plain[i]
-    }
+    path = try SamplingPath(schedule, kind: kind, eta: eta, stochastic: [stochastic])
+    steps = path.moves.map(\.step)
     times = schedule.networkTimes(truncated: truncatedTimes)
-  }
-
-  /// One coefficient of each row's step, shaped to multiply latents of `rank` dimensions.
-  private func column(
-    _ rows: [Int], _ rank: Int, _ device: Device, _ value: (SDEStep) -> Double
-  ) throws(TorchError) -> Tensor {
-    let shape = [rows.count] + [Int](repeating: 1, count: rank - 1)
-    return try Tensor(rows.map { Float(value(steps[$0])) }, shape: shape).to(device)
   }
 
   /// Mean of x_{i+1}: a·x + b·v, row r being at step `rows[r]`.
   ///
   /// - Parameters: x, v [B, ...] float32.
   public func mean(_ x: Tensor, _ v: Tensor, _ rows: [Int]) throws(TorchError) -> Tensor {
-    let a = try column(rows, x.rank, x.device, \.stateWeight)
-    let b = try column(rows, x.rank, x.device, \.velocityWeight)
+    try mean(x, v, rows.map { steps[$0] })
+  }
+
+  /// The same for a step a row, which need not be among ``steps``.
+  func mean(_ x: Tensor, _ v: Tensor, _ steps: [SDEStep]) throws(TorchError) -> Tensor {
+    let a = try column(steps.map(\.stateWeight), like: x)
+    let b = try column(steps.map(\.velocityWeight), like: x)
     return try x * a + v * b
   }
 
   /// x_{i+1} = mean + s·ε.
   public func sample(_ mean: Tensor, noise: Tensor, _ rows: [Int]) throws(TorchError) -> Tensor {
-    try mean + noise * column(rows, mean.rank, mean.device, \.noiseScale)
+    try sample(mean, noise: noise, rows.map { steps[$0] })
+  }
+
+  /// The same for a step a row.
+  func sample(_ mean: Tensor, noise: Tensor, _ steps: [SDEStep]) throws(TorchError) -> Tensor {
+    try mean + noise * column(steps.map(\.noiseScale), like: mean)
   }
 
   /// Mean over elements of (x_{i+1} − mean)², [B].
@@ -54,9 +54,9 @@ public struct TransitionTable {
     try (next - mean).square().mean(Array(1..<mean.rank))
   }
 
-  /// x̂0 = x − σ·v, the clean latents the network has in mind at step `i`.
-  public func cleanEstimate(_ x: Tensor, _ v: Tensor, step i: Int) throws(TorchError) -> Tensor {
-    try x - v * Double(schedule.sigmas[i])
+  /// x̂0 = x − σ·v, the clean latents the network has in mind at the level of `levels[r]` in row r.
+  public func cleanEstimate(_ x: Tensor, _ v: Tensor, _ levels: [Int]) throws(TorchError) -> Tensor {
+    try x - v * column(levels.map { Double(schedule.sigmas[$0]) }, like: x)
   }
 
   /// log p of a stored x_{i+1}, mean over elements, in nats.
@@ -69,4 +69,10 @@ public struct TransitionTable {
     let step = steps[i]
     return step.kind == .cps ? -1 : -1 / (2 * step.noiseScale * step.noiseScale)
   }
+}
+
+/// One float32 factor a row, shaped to multiply `x`.
+func column(_ values: [Double], like x: Tensor) throws(TorchError) -> Tensor {
+  try Tensor(values.map { Float($0) }, shape: [values.count] + [Int](repeating: 1, count: x.rank - 1))
+    .to(x.device)
 }

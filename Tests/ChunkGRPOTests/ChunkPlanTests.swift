@@ -265,6 +265,25 @@ import Testing
     }
   }
 
+  /// 4.5 standard errors of a frequency over 4000 draws, as above.
+  @Test(
+    "steps of a chunk: as many as asked for, each alike",
+    arguments: [(0.01, 1), (0.5, 2), (0.6, 3), (0.99, 4), (1, 5)])
+  func steps(_ fraction: Double, _ count: Int) throws {
+    var random = testStream("steps \(fraction)")
+    var seen = [Double](repeating: 0, count: 5)
+    for _ in 0..<4000 {
+      let steps = try ChunkDraw.steps(of: 3..<8, fraction: fraction, using: &random)
+      #expect(steps.count == count && steps == Set(steps).sorted())
+      for step in steps { seen[step - 3] += 1 }
+    }
+    let p = Double(count) / 5
+    for n in seen { expectClose(n / 4000, p, absolute: 4.5 * (p * (1 - p) / 4000).squareRoot()) }
+    #expect(throws: ChunkError.fractionOutOfRange(0)) {
+      try ChunkDraw.steps(of: 3..<8, fraction: 0, using: &random)
+    }
+  }
+
   @Test("edges: all chunks, zero weights, a fraction out of range, missing weights, missing chunks")
   func edges() throws {
     var random = testStream("edges")

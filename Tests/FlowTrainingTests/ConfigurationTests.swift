@@ -1,3 +1,4 @@
+import ChunkGRPO
 import Foundation
 import Testing
 
@@ -30,11 +31,11 @@ struct ConfigurationTests {
     seed: 1
     prompts: {file: Data/prompts.jsonl, split: train}
     rewards: [{name: scenes, score: graded, weight: 1}]      # several: aggregate: sum | normalised
-    sampling: {steps: 17, shift: 3, guidance: 3.5, height: 64, width: 64, step: flow-sde, eta: 0.7, window: all, \
+    sampling: {steps: 17, shift: 3, guidance: 3.5, height: 64, width: 64, step: flow-sde, eta: 0.7, window: all, coarse: null, prefix: each, \
     sharedNoise: group, decode: x0, schedule: training, time: exact}
     group: {size: 12, promptsPerIteration: 4}
-    chunk: {plan: "list:2,3,4,7", ratio: chunk, timeWeight: perChunk, draw: uniform, fraction: 0.5, stopSize: 7, \
-    minChunk: 2, distance: l1}
+    chunk: {plan: "list:2,3,4,7", ratio: chunk, timeWeight: perChunk, draw: uniform, fraction: 0.5, stepFraction: 1, \
+    stopSize: 7, minChunk: 2, distance: l1}
     loss: {clip: [5.0e-5, 5.0e-5], advantageClip: 5, advantageStd: group, kl: 0, klForm: flowGRPO, anchor: rollout}
     optim: {lr: 1.0e-5, weightDecay: 1.0e-4, betas: [0.9, 0.999], eps: 1.0e-8, maxGradNorm: 0.01, \
     updatesPerIteration: 2, microBatch: 48, state: float32, offload: false}
@@ -53,10 +54,10 @@ struct ConfigurationTests {
     prompts: {file: "a b: c # d.jsonl", split: "no", embeddings: "null"}
     rewards: [{name: hpsv3, weight: -0.25}, {name: 'true', score: '2024-01-01', weight: 1e+20}]
     aggregate: normalised
-    sampling: {steps: 9, shift: 1.15, guidance: null, negative: "no: blur", textLength: 77, height: 48, width: 80, step: cps, eta: 1, window: 1-6, \
+    sampling: {steps: 9, shift: 1.15, guidance: null, negative: "no: blur", textLength: 77, height: 48, width: 80, step: cps, eta: 1, window: 1-6, coarse: 2, prefix: shared, \
     sharedNoise: none, decode: xT, schedule: model, time: truncated}
     group: {size: 6, promptsPerIteration: 3}
-    chunk: {plan: "fixed:2", ratio: sequence, timeWeight: equalised, draw: "only:0,2", fraction: 1, stopSize: 5, \
+    chunk: {plan: "fixed:2", ratio: sequence, timeWeight: equalised, draw: "only:0,2", fraction: 1, stepFraction: 0.3, stopSize: 5, \
     minChunk: 3, distance: cosine}
     loss: {clip: [1e-3, 2.5e-3], advantageClip: 3, advantageStd: global, kl: 0.04, klForm: k3, anchor: replay}
     optim: {lr: 0.1, weightDecay: 0, betas: [0, 0.95], eps: 1e-300, maxGradNorm: 1, updatesPerIteration: 1, \
@@ -199,7 +200,7 @@ struct ConfigurationTests {
     // An absent option would be left out.
     var configuration = Configuration()
     (configuration.sampling.textLength, configuration.network.memory) = (1, "1GB")
-    configuration.run.stopReward = "scenes"
+    (configuration.run.stopReward, configuration.sampling.coarse) = ("scenes", 1)
     let object = try #require(try object(configuration) as? [String: Any])
     #expect(Set(object.keys) == Set(Configuration.keys))
     for field in Configuration.fields where !field.children.isEmpty && field.name != "rewards" {
@@ -300,11 +301,12 @@ struct ConfigurationTests {
       ),
       ("sampling: {decode: XT}", "demo.yaml:1: sampling.decode: expected one of x0, xT, got \"XT\""),
       (
-        "sampling: {window: 3}", "demo.yaml:1: sampling.window: expected all or first-last such as 0-4, got 3"
+        "sampling: {window: 3}",
+        "demo.yaml:1: sampling.window: expected all, first-last such as 0-4, sliding:width,stride,iterations, random:width or drawn, got 3"
       ),
       (
         "sampling: {window: 1--3}",
-        "demo.yaml:1: sampling.window: expected all or first-last such as 0-4, got \"1--3\""
+        "demo.yaml:1: sampling.window: expected all, first-last such as 0-4, sliding:width,stride,iterations, random:width or drawn, got \"1--3\""
       ),
       (
         "network: {checkpointing: \"every:x\"}",
@@ -455,6 +457,40 @@ struct ConfigurationValidationTests {
     #expect(sampling.trainableSteps.isEmpty)
   }
 
+  // Oracle: written out. Eight trainable steps; the last place is taken where the stride would pass it.
+  @Test("windows that move: where, and that every text comes back")
+  func movingWindows() throws {
+    var sampling = Configuration.Sampling()
+    sampling.steps = 9
+    var random = RandomPlan(seed: 4).stream(.window)
+    func starts(_ text: String, _ iterations: Int) throws -> [Int] {
+      sampling.window = try #require(.init(rawValue: text))
+      #expect(sampling.window.rawValue == text)
+      return (0..<iterations).map { i in
+        let window = sampling.window(iteration: i, using: &random)
+        #expect(window.count == sampling.trainableSteps.count)
+        return window.lowerBound
+      }
+    }
+    #expect(try starts("sliding:3,2,2", 10) == [0, 0, 2, 2, 4, 4, 5, 5, 0, 0])
+    #expect(try starts("sliding:8,1,1", 3) == [0, 0, 0])
+    #expect(
+      Configuration.Sampling.Window(rawValue: "sliding:4") == .sliding(width: 4, stride: 1, iterations: 25))
+    // 4.5 standard errors of a frequency
+    let drawn = try starts("random:3", 4000)
+    for place in 0...5 {
+      let share = Double(drawn.filter { $0 == place }.count) / 4000
+      #expect(abs(share - 1.0 / 6) < 4.5 * (5.0 / 36 / 4000).squareRoot())
+    }
+    #expect(drawn.allSatisfy { 0...5 ~= $0 })
+    #expect(try starts("drawn", 1) == [0] && starts("all", 1) == [0] && starts("2-4", 1) == [2])
+    for text in [
+      "drawn:1", "all:", "sliding", "sliding:", "sliding:1,2", "random:1,2", "random:-1", "random:x",
+    ] {
+      #expect(Configuration.Sampling.Window(rawValue: text) == nil, "\(text)")
+    }
+  }
+
   @Test(
     "sensible configurations pass",
     arguments: [
@@ -467,6 +503,14 @@ struct ConfigurationValidationTests {
       ["trainable={kind: full, rank: 0, targets: []}"], ["sampling.guidance=null"], ["sampling.guidance=0"],
       ["optim.updatesPerIteration=48"], ["run.samplesEvery=0", "run.evaluateEvery=0"], ["chunk.fraction=1"],
       ["chunk.stopSize=5", "chunk.minChunk=3"], ["sampling.decode=xT", "sampling.schedule=model"],
+      ["chunk.plan=adaptive", "chunk.stepFraction=0.01"],
+      ["loss.kl=0.04", "loss.klForm=k3"],
+      ["sampling.window=sliding:4", "chunk.plan=step"],
+      ["sampling.window=sliding:16,3,1", "chunk.plan=fixed:4"],
+      ["sampling.window=random:5", "chunk.plan=list:2,3", "sampling.coarse=3", "sampling.prefix=shared"],
+      ["sampling.window=drawn", "sampling.coarse=1", "sampling.prefix=shared", "sampling.sharedNoise=batch"],
+      ["chunk.plan=adaptive-shared", "chunk.draw=weighted"],
+      ["chunk.draw=weighted:softmax", "chunk.distance=cosine"], ["chunk.draw=weighted:normalised"],
       ["chunk.timeWeight=none"], ["chunk.timeWeight=tempflow"], ["chunk.timeWeight=guard"],
       ["rewards=[{name: a}, {name: b, weight: 0}, {name: a, score: x}]", "aggregate=normalised"],
     ])
@@ -502,6 +546,49 @@ struct ConfigurationValidationTests {
       (
         ["sampling.step=cps", "sampling.eta=1.5"],
         "sampling.eta: expected at most 1 for sampling.step cps, got 1.5"
+      ),
+      (
+        ["sampling.window=sliding:17,1,1"],
+        "sampling.window: expected a width of 1 to 16, the trainable steps, got sliding:17,1,1"
+      ),
+      (
+        ["sampling.window=sliding:4,0,1"],
+        "sampling.window: expected a stride and iterations of 1 or more, got sliding:4,0,1"
+      ),
+      (
+        ["sampling.window=random:0"],
+        "sampling.window: expected a width of 1 to 16, the trainable steps, got random:0"
+      ),
+      (
+        ["sampling.window=random:4", "chunk.plan=adaptive-shared"],
+        "sampling.window: random:4 has other steps for every group, adaptive-shared has one plan: "
+          + "use chunk.plan adaptive"
+      ),
+      (
+        ["sampling.window=drawn", "chunk.plan=adaptive"],
+        "sampling.window: drawn places the noise before the rollout, chunk.plan adaptive follows its latents: "
+          + "use step, sequence, fixed:n or list:a,b,…"
+      ),
+      (
+        ["sampling.window=drawn", "chunk.draw=weighted"],
+        "sampling.window: drawn draws before the rollout, chunk.draw weighted weighs by its latents: "
+          + "use uniform or only:a,b,…"
+      ),
+      (
+        ["sampling.coarse=2"],
+        "sampling.coarse: sampling.window all leaves no deterministic steps to take in fewer; drop it"
+      ),
+      (
+        ["sampling.window=0-4", "chunk.plan=list:2,3", "sampling.coarse=0"],
+        "sampling.coarse: expected at least 1, got 0"
+      ),
+      (
+        ["sampling.window=0-4", "chunk.plan=list:2,3", "sampling.prefix=shared"],
+        "sampling.prefix: shared needs deterministic steps at the beginning, sampling.window 0-4 has none; use each"
+      ),
+      (
+        ["sampling.window=drawn", "sampling.prefix=shared", "sampling.sharedNoise=none"],
+        "sampling.prefix: shared needs samples that start from the same noise, sampling.sharedNoise is none; use group"
       ),
       (
         ["sampling.window=3-17"],
@@ -557,11 +644,26 @@ struct ConfigurationValidationTests {
       (["chunk.draw=only:0,0"], "chunk.draw: only:0,0 names a chunk twice"),
       (
         ["chunk.draw=some"],
-        "chunk.draw: expected uniform, weighted or only:a,b,… (chunks from 0), got \"some\""
+        "chunk.draw: expected uniform, weighted, weighted:softmax or only:a,b,… (chunks from 0), got \"some\""
       ),
       (
+        ["chunk.draw=weighted:best"],
+        "chunk.draw: expected uniform, weighted, weighted:softmax or only:a,b,… (chunks from 0), got \"weighted:best\""
+      ),
+      (
+        ["chunk.plan=adaptive", "chunk.draw=only:1"],
+        "chunk.draw: only:1 names chunks, chunk.plan adaptive has others for every rollout: "
+          + "use uniform or weighted, or another plan"
+      ),
+      (
+        ["loss.kl=0.04", "trainable.kind=full"],
+        "loss.kl: the reference is the network without its adapter, trainable.kind full has none: "
+          + "use 0, or trainable.kind lora"
+      ),
+      (["chunk.stepFraction=0"], "chunk.stepFraction: expected a number in (0, 1], got 0"),
+      (
         ["chunk.draw='only:'"],
-        "chunk.draw: expected uniform, weighted or only:a,b,… (chunks from 0), got \"only:\""
+        "chunk.draw: expected uniform, weighted, weighted:softmax or only:a,b,… (chunks from 0), got \"only:\""
       ),
       (["optim.lr=0"], "optim.lr: expected a number above 0, got 0"),
       (["optim.weightDecay=-1"], "optim.weightDecay: expected a number of 0 or more, got -1"),
@@ -640,23 +742,11 @@ struct ConfigurationValidationTests {
   @Test(
     "what is not implemented names what is",
     arguments: [
-      ("loss.kl=0.04", "loss.kl: 0.04 is not implemented in this version; use 0"),
       ("loss.anchor=replay", "loss.anchor: replay is not implemented in this version; use rollout"),
       (
-        "chunk.draw=weighted",
-        "chunk.draw: weighted is not implemented in this version; use uniform or only:a,b,…"
-      ),
-      (
-        "chunk.plan=adaptive",
-        "chunk.plan: adaptive is not implemented in this version; use step, sequence, fixed:n or list:a,b,…"
-      ),
-      (
-        "chunk.plan=adaptive-shared",
-        "chunk.plan: adaptive-shared is not implemented in this version; use step, sequence, fixed:n or list:a,b,…"
-      ),
-      (
         "chunk.plan=auto",
-        "chunk.plan: auto is not implemented in this version; use step, sequence, fixed:n or list:a,b,…"
+        "chunk.plan: auto is not implemented in this version; "
+          + "use step, sequence, fixed:n, list:a,b,…, adaptive or adaptive-shared"
       ),
     ])
   func notImplemented(_ override: String, _ expected: String) throws {

@@ -50,7 +50,8 @@ struct MemoryBenchmark {
         try Tensor.stack(
           try [0, 4, 8, 12, 16].map { step in
             try engine.network.velocity(
-              try states![step], at: step, table, try Condition.stack(conditions), 3.5)
+              try states![step], times: try Tensor.full([conditions.count], Double(table.times[step])),
+              condition: try Condition.stack(conditions), guidance: 3.5)
           })
       }
       let images = try engine.draw(prompts.map(\.text), count: 1, steps: steps, seed: seed)

@@ -97,6 +97,122 @@ struct RolloutTests {
     }
   }
 
+  /// Paths of three kinds, two samples each: noise late, early and coarse, twice and coarse.
+  private func paths(_ bench: Bench) throws -> [SamplingPath] {
+    let courses: [([Range<Int>], Int?)] = [([3..<5], nil), ([1..<2], 2), ([0..<1, 3..<4], 1)]
+    return try courses.flatMap { stochastic, coarse in
+      let path = try SamplingPath(
+        bench.table.schedule, kind: .flowSDE, eta: 0.7, stochastic: stochastic, coarse: coarse)
+      return [path, path]
+    }
+  }
+
+  // Equal inputs through the same functions: not a bit may differ from samples alone, so there is no tolerance.
+  @Test("paths of different lengths go together, each as it would alone", arguments: [2, 4, 6])
+  func mixedPaths(_ batch: Int) throws {
+    let bench = try Bench()
+    let paths = try paths(bench)
+    let sampler = Rollout(table: bench.table, guidance: 3.5, batch: batch, fillsRows: true)
+    let t = try sampler.sample(
+      bench.network, initial: bench.initial, conditions: bench.conditions, paths: paths, noise: Bench.noise)
+    for s in 0..<6 {
+      let alone = try sampler.sample(
+        bench.network, initial: try bench.initial[s..<(s + 1)], conditions: [bench.conditions[s]],
+        paths: [paths[s]]
+      ) { Bench.noise($0 + s, $1, $2) }
+      let visited = Set(paths[s].moves.map(\.to) + [0])
+      for level in 0...6 {
+        let x = try t.states[level][s].floats()
+        guard visited.contains(level) else {
+          #expect(x.allSatisfy { $0.isNaN })
+          continue
+        }
+        #expect(try x == alone.states[level][0].floats() && x.allSatisfy { $0.isFinite })
+      }
+      #expect(try t.clean[s].floats() == alone.clean[0].floats())
+      let noisy = Set(paths[s].moves.filter(\.step.isStochastic).map(\.from))
+      for i in 0..<5 {
+        #expect(t.logProbabilities[s][i].isNaN != noisy.contains(i))
+        #expect(
+          t.logProbabilities[s][i].bitPattern == alone.logProbabilities[0][i].bitPattern || !noisy.contains(i)
+        )
+      }
+    }
+    // The last move is deterministic for samples 2 to 5: then what is decoded is the solver's own end.
+    for s in 2..<6 {
+      // x + Δ·v against x − σ·v, Δ = −σ: the same float32 products
+      #expect(try t.clean[s].floats() == t.states[6][s].floats())
+    }
+  }
+
+  // Oracle: the recursion x' = x + Δ·(v + ρ·(v − v_previous)), ρ = Δ/(2Δ_previous), written out with velocities of
+  // passes of its own; 1e-6 is a few roundings of float32.
+  @Test("coarse moves are two-step Adams–Bashforth, begun anew after noise")
+  func coarseMoves() throws {
+    let bench = try Bench()
+    let path = try SamplingPath(
+      bench.table.schedule, kind: .flowSDE, eta: 0.7, stochastic: [0..<1], coarse: 3)
+    #expect(path.moves.map(\.to) == [1, 3, 5, 6])
+    let t = try Rollout(table: bench.table, guidance: 3.5, batch: 6)
+      .sample(
+        bench.network, initial: bench.initial, conditions: bench.conditions,
+        paths: [SamplingPath](repeating: path, count: 6), noise: Bench.noise)
+    let sigmas = bench.table.schedule.sigmas.map(Double.init)
+    var (x, previous) = (try t.states[1], Tensor?.none)
+    var length = 0.0
+    for (from, to) in [(1, 3), (3, 5), (5, 6)] {
+      let v = try withoutGrad { try bench.velocity((0..<6).map { ($0, from) }, t) }
+      let delta = sigmas[to] - sigmas[from]
+      let used = try previous.map { try v + (v - $0) * (delta / (2 * length)) } ?? v
+      x = try x + used * delta
+      #expect(relativeError(try t.states[to].doubles(), try x.doubles()) < 1e-6)
+      (previous, length) = (v, delta)
+    }
+    #expect(relativeError(try t.clean.doubles(), try x.doubles()) < 1e-6)
+  }
+
+  // Equal numbers of rows in every pass, so no tolerance; hazard 1 for what follows the shared moves.
+  @Test("moves before the first noise are computed once for a group", arguments: [DType.float32, .bfloat16])
+  func sharedStem(_ dtype: DType) throws {
+    let bench = try Bench(dtype: dtype)
+    let counting = CountingModel(FluxFlowModel(bench.transformer, grid: Bench.grid))
+    // Two groups of three: one x_0, condition and path each.
+    let initial = try Tensor.stack([0, 0, 0, 3, 3, 3].map { try bench.initial[$0] })
+    let conditions = [0, 0, 0, 3, 3, 3].map { bench.conditions[$0] }
+    let paths = try [2..<4, 4..<5].flatMap { window in
+      [SamplingPath](
+        repeating: try SamplingPath(
+          bench.table.schedule, kind: .flowSDE, eta: 0.7, stochastic: [window], coarse: 3), count: 3)
+    }
+    let sampler = Rollout(table: bench.table, guidance: 3.5, batch: 4, fillsRows: true)
+    func sample(_ sharing: Int) throws -> (Trajectories, passes: Int) {
+      let before = counting.passes.count
+      let t = try sampler.sample(
+        counting, initial: initial, conditions: conditions, paths: paths, sharing: sharing, noise: Bench.noise
+      )
+      return (t, counting.passes.count - before)
+    }
+    let (each, shared) = (try sample(1), try sample(3))
+    #expect(
+      try shared.0.states.floats().map(\.bitPattern) == each.0.states.floats().map(\.bitPattern))
+    #expect(try shared.0.clean.floats() == each.0.clean.floats())
+    #expect(
+      shared.0.logProbabilities.map { $0.map(\.bitPattern) }
+        == each.0.logProbabilities.map { $0.map(\.bitPattern) })
+    // Moves: 2 + 2 + 2 and 3 + 1 + 1 (the last step is as noisy as the one before it). In batches of 3 samples, longest
+    // first: 6 + 5 passes; shared: 3 of the two stems together, then 4 + 2.
+    #expect(counting.passes.allSatisfy { $0 == 4 })
+    #expect(each.passes == 11 && shared.passes == 9)
+    try bench.transformer.modules.makeTrainable()
+    let windows = [2..<4, 4..<5]
+    let samples = (0..<6).map {
+      UpdateSample(row: $0, advantage: $0 % 2 == 0 ? 1 : -1, chunks: [(windows[$0 / 3], 1)])
+    }
+    let report = try bench.rule(microBatch: 4)
+      .accumulate(samples, shared.0, conditions: conditions, first: true)
+    #expect(report.replayGap == 0 && report.ratios == [Double](repeating: 1, count: 6))
+  }
+
   // Hazard 2: bfloat16 has 8 bits; a float32 state has low bits that bfloat16 cannot hold.
   @Test("trajectories are float32 when the network is bfloat16")
   func float32States() throws {
@@ -297,6 +413,23 @@ struct PolicyUpdateTests {
     #expect(relativeError(whole, expected) < 2.5e-6)
   }
 
+  // Oracle: the whole chunk's gradient. All choices are alike, so that their mean is the expectation; it is linear
+  // in the step gradients, and only float32 sums differ.
+  @Test("some steps of a chunk: at ratio 1 the expected gradient is the whole chunk's", arguments: [1, 2])
+  func someSteps(_ count: Int) throws {
+    let bench = try Bench(trainable: true)
+    let t = try bench.rollout()
+    func gradient(_ steps: [Int]) throws -> [Double] {
+      let sample = UpdateSample(row: 1, advantage: 1.7, steps: [([0], 2), (steps, 3)])
+      return try bench.gradient([sample], t, microBatch: 48).values
+    }
+    let choices = count == 1 ? [[1], [2], [3]] : [[1, 2], [1, 3], [2, 3]]
+    let each = try choices.map(gradient)
+    let mean = each[0].indices.map { p in each.reduce(0) { $0 + $1[p] } / 3 }
+    #expect(relativeError(mean, try gradient([1, 2, 3])) < 2.5e-6)
+    #expect(relativeError(each[0], each[1]) > 1e-2, "the steps' gradients are alike, nothing is tested")
+  }
+
   @Test("samples without advantage count in S, cost no pass and add nothing")
   func zeroAdvantage() throws {
     let bench = try Bench(trainable: true)
@@ -321,6 +454,90 @@ struct PolicyUpdateTests {
       #expect(counting.passes == (microBatch == 48 ? [48] : [Int](repeating: 3, count: 4 * 2 * 2)))
       _ = try bench.takeGradient()
     }
+  }
+
+  // Oracle: the three divergences as they are defined, in one float64 graph from the velocity on. Samples without
+  // advantage leave nothing but the penalty; 2.5e-6 is float32 sums in another order, as for the objective. k3 takes its
+  // d from log-probabilities, differences of numbers near 1 whose float32 residuals are known to 1e-7.
+  @Test(
+    "the divergence from the reference has the gradient of its definition (hazard 7)",
+    arguments: [ReferencePenalty.Form.flowGRPO, .exact, .k3], [2, 48])
+  func penalty(_ form: ReferencePenalty.Form, _ microBatch: Int) throws {
+    let bench = try Bench()
+    let t = try bench.rollout()
+    let modules = bench.transformer.modules
+    let adapter = try LoRAAdapter(modules, rank: 2, alpha: 4, targets: ["to_q", "to_v"]) { name, count in
+      try! Bench.normals([count], name).floats()
+    }
+    for (name, layer) in adapter.layers {
+      try layer.up.setRequiresGrad(false)
+      try layer.up.copy(from: try Bench.normals(layer.up.shape, name + "up") * 0.3)
+      try layer.up.setRequiresGrad(true)
+    }
+    let names = adapter.parameters.keys.sorted()
+    func takeGradient() throws -> [Double] {
+      try names.flatMap { name in
+        let parameter = adapter.parameters[name]!
+        defer { try? parameter.clearGrad() }
+        return try parameter.grad()!.doubles()
+      }
+    }
+    let samples = [
+      UpdateSample(row: 0, advantage: 0, chunks: [(0..<2, 1), (2..<5, 3)]),
+      UpdateSample(row: 4, advantage: 0, steps: [([1], 0.5), ([2, 4], 1)]),
+    ]
+    var rule = bench.rule(microBatch: microBatch)
+    rule.penalty = ReferencePenalty(beta: 0.25, form: form) { body in
+      adapter.disable()
+      defer { adapter.enable() }
+      return try body()
+    }
+    let report = try rule.accumulate(samples, t, conditions: bench.conditions, first: false)
+    let got = try takeGradient()
+
+    let entries = samples.flatMap { s in s.chunks.flatMap { $0.steps.map { (row: s.row, step: $0) } } }
+    let v = try bench.velocity(entries, t).to(.float64)
+    adapter.disable()
+    let reference = try withoutGrad { try bench.velocity(entries, t).to(.float64) }
+    adapter.enable()
+    let x = try bench.states(entries, t, ahead: 0).to(.float64)
+    let next = try bench.states(entries, t, ahead: 1).to(.float64)
+    var at = 0
+    var total = try Tensor.zeros([], dtype: .float64)
+    for s in samples {
+      let weight = s.chunks.reduce(0) { $0 + $1.weight }
+      for chunk in s.chunks {
+        var sum = try Tensor.zeros([], dtype: .float64)
+        for i in chunk.steps {
+          let sigmas = bench.table.schedule.sigmas.map(Double.init)
+          let (sigma, delta) = (sigmas[i], sigmas[i + 1] - sigmas[i])
+          let g2 = bench.eta * bench.eta * sigma / (1 - (i == 0 ? sigmas[1] : sigma))
+          func mean(_ v: Tensor) throws -> Tensor {
+            try x[at] * (1 + g2 * delta / (2 * sigma)) + v[at]
+              * ((1 + g2 * (1 - sigma) / (2 * sigma)) * delta)
+          }
+          let (mu, other) = (try mean(v), try mean(reference))
+          switch form {
+          case .flowGRPO: sum = try sum + (mu - other).square().mean() * (1 / (2 * g2))
+          case .exact: sum = try sum + (mu - other).square().mean() * (1 / (2 * g2 * -delta))
+          case .k3:
+            let d = try (next[at] - mu).square().mean() - (next[at] - other).square().mean()
+            sum = try sum + d * (1 / (2 * g2 * -delta))
+          }
+          at += 1
+        }
+        let mean = try sum * (1 / Double(chunk.steps.count))
+        let divergence = form == .k3 ? try mean.exp() - mean - 1 : mean
+        total = try total + divergence * (chunk.weight / weight / 2)
+      }
+    }
+    try (total * 0.25).backward()
+    let expected = try takeGradient()
+    #expect(expected.contains { $0 != 0 })
+    #expect(relativeError(got, expected) < (form == .k3 ? 1e-3 : 2.5e-6))
+    let value = try total.item()
+    #expect(abs(report.divergence / value - 1) < (form == .k3 ? 1e-2 : 1e-5))
+    #expect(abs(report.objective + 0.25 * report.divergence) < 1e-12)
   }
 
   // The oracle is a finite difference of the objective itself; truncation and float32 rounding leave 1 %.

@@ -319,6 +319,9 @@ struct TrainerTests {
     }
     for row in try shop.rows("run") {
       #expect(row["zero_groups"] as? Int == 2 && row["masked"] as? Int == 0)
+      // 8 samples × 5 steps are sampled, no pass at all is spent on the update.
+      #expect(row["rows_rollout"] as? Int == 40 && row["rows_update"] as? Int == 0)
+      #expect(row["zero_samples"] as? Int == 8 && row["trained_steps"] as? Int == 0)
       for key in ["reward_mean", "reward_std", "grad_norm", "ratio_dev", "clip_share", "replay_gap"] {
         #expect(row[key] as? Double == 0, "\(key)")
       }

@@ -65,6 +65,55 @@ extension Configuration {
         !sampling.trainableSteps.isEmpty, "sampling.window",
         "\(sampling.window.rawValue) holds only the last step, which is never trained on")
     }
+    try validateMovingWindow()
+    let deterministic = sampling.trainableSteps.count < sampling.steps - 1 || sampling.window == .drawn
+    if let coarse = sampling.coarse {
+      try atLeast(1, coarse, "sampling.coarse")
+      try require(
+        deterministic, "sampling.coarse",
+        "sampling.window \(sampling.window.rawValue) leaves no deterministic steps to take in fewer; drop it")
+    }
+    guard sampling.prefix == .shared else { return }
+    try require(
+      sampling.sharedNoise != .none, "sampling.prefix",
+      "shared needs samples that start from the same noise, sampling.sharedNoise is none; use group")
+    var fixed = sampling.trainableSteps.lowerBound == 0
+    if case .steps = sampling.window {} else { fixed = !deterministic }
+    try require(
+      !fixed, "sampling.prefix",
+      "shared needs deterministic steps at the beginning, sampling.window \(sampling.window.rawValue) has none; "
+        + "use each")
+  }
+
+  /// Windows whose place an iteration or the draw decides.
+  private func validateMovingWindow() throws(ConfigurationError) {
+    let window = sampling.window
+    switch window {
+    case .all, .steps: return
+    case .drawn:
+      try require(
+        !chunk.plan.hasPrefix("adaptive"), "sampling.window",
+        "drawn places the noise before the rollout, chunk.plan \(chunk.plan) follows its latents: use step, sequence, "
+          + "fixed:n or list:a,b,…")
+      try require(
+        !chunk.draw.hasPrefix("weighted"), "sampling.window",
+        "drawn draws before the rollout, chunk.draw \(chunk.draw) weighs by its latents: use uniform or only:a,b,…"
+      )
+    case .sliding(let width, _, _), .random(let width):
+      try require(
+        1..<sampling.steps ~= width, "sampling.window",
+        "expected a width of 1 to \(sampling.steps - 1), the trainable steps, got \(window.rawValue)")
+      if case .sliding(_, let stride, let iterations) = window {
+        try require(
+          stride > 0 && iterations > 0, "sampling.window",
+          "expected a stride and iterations of 1 or more, got \(window.rawValue)")
+      } else {
+        try require(
+          chunk.plan != "adaptive-shared", "sampling.window",
+          "\(window.rawValue) has other steps for every group, adaptive-shared has one plan: use chunk.plan adaptive"
+        )
+      }
+    }
   }
 
   private func validateGroupAndOptim() throws(ConfigurationError) {
@@ -93,6 +142,10 @@ extension Configuration {
       "expected two numbers above 0, [lower, upper], got \(Configuration.text(loss.clip))")
     try positive(loss.advantageClip, "loss.advantageClip")
     try notNegative(loss.kl, "loss.kl")
+    try require(
+      loss.kl == 0 || trainable.kind == .lora, "loss.kl",
+      "the reference is the network without its adapter, trainable.kind full has none: use 0, or trainable.kind lora"
+    )
     try require(
       loss.kl == 0 || sampling.step != .cps || loss.klForm != .flowGRPO, "loss.klForm",
       "flowGRPO divides by g, which sampling.step cps does not have; use exact or k3")
@@ -139,9 +192,9 @@ extension Configuration {
   }
 
   private func validateChunks() throws(ConfigurationError) {
-    try require(
-      chunk.fraction > 0 && chunk.fraction <= 1, "chunk.fraction",
-      "expected a number in (0, 1], got \(chunk.fraction.yamlText)")
+    for (path, share) in [("chunk.fraction", chunk.fraction), ("chunk.stepFraction", chunk.stepFraction)] {
+      try require(share > 0 && share <= 1, path, "expected a number in (0, 1], got \(share.yamlText)")
+    }
     try atLeast(1, chunk.stopSize, "chunk.stopSize")
     try atLeast(1, chunk.minChunk, "chunk.minChunk")
     let largest = chunk.stopSize / 2 + chunk.stopSize % 2
@@ -153,10 +206,18 @@ extension Configuration {
       chunk.timeWeight != .tempflow || sampling.step != .cps, "chunk.timeWeight",
       "tempflow needs g, which sampling.step cps does not have; use equalised or another kind of step")
     let chunks = try chunkCount()
-    if let drawn = try drawnChunks(), let chunks, let outside = drawn.first(where: { $0 >= chunks }) {
-      throw .invalid(
-        path: "chunk.draw",
-        reason: "chunk \(outside) is not in 0...\(chunks - 1), those of chunk.plan \(chunk.plan)")
+    if let drawn = try drawnChunks() {
+      guard let chunks else {
+        throw .invalid(
+          path: "chunk.draw",
+          reason: "\(chunk.draw) names chunks, chunk.plan \(chunk.plan) has others for every rollout: "
+            + "use uniform or weighted, or another plan")
+      }
+      if let outside = drawn.first(where: { $0 >= chunks }) {
+        throw .invalid(
+          path: "chunk.draw",
+          reason: "chunk \(outside) is not in 0...\(chunks - 1), those of chunk.plan \(chunk.plan)")
+      }
     }
   }
 
@@ -193,25 +254,21 @@ extension Configuration {
   /// Chunks of an `only:` draw, nil where chance decides.
   private func drawnChunks() throws(ConfigurationError) -> [Int]? {
     let (kind, argument) = Configuration.split(chunk.draw)
-    if chunk.draw == "uniform" || chunk.draw.hasPrefix("weighted") { return nil }
+    if ["uniform", "weighted", "weighted:normalised", "weighted:softmax"].contains(chunk.draw) { return nil }
     if kind == "only", let argument, let chunks = Configuration.counts(argument) {
       try require(Set(chunks).count == chunks.count, "chunk.draw", "\(chunk.draw) names a chunk twice")
       return chunks
     }
     throw .invalid(
       path: "chunk.draw",
-      reason: "expected uniform, weighted or only:a,b,… (chunks from 0), got \"\(chunk.draw)\"")
+      reason:
+        "expected uniform, weighted, weighted:softmax or only:a,b,… (chunks from 0), got \"\(chunk.draw)\"")
   }
 
   /// `kind:argument`, or `kind` alone.
   private static func split(_ text: String) -> (kind: Substring, argument: Substring?) {
     let parts = text.split(separator: ":", maxSplits: 1, omittingEmptySubsequences: false)
     return (parts[0], parts.count == 2 ? parts[1] : nil)
-  }
-
-  private static func counts(_ text: Substring) -> [Int]? {
-    let numbers = text.split(separator: ",", omittingEmptySubsequences: false).map(count)
-    return numbers.contains(nil) ? nil : numbers.compactMap { $0 }
   }
 
   private static func text(_ numbers: [Double]) -> String {

@@ -1,3 +1,5 @@
+import ChunkGRPO
+
 /// Everything that decides a training run: what `train` reads from YAML and stores in the run folder and in
 /// every checkpoint.
 ///
@@ -101,6 +103,10 @@ extension Configuration {
     public var eta = 0.7
     /// Steps that are stochastic and trained on; the others follow the ODE.
     public var window = Window.all
+    /// Most moves of each run of deterministic steps, of second order; nil takes every step.
+    public var coarse: Int?
+    /// Whether deterministic steps before the window are computed once for a group.
+    public var prefix = Prefix.each
     /// Which samples start from the same noise.
     public var sharedNoise = SharedNoise.group
     /// Latent that is decoded and scored.
@@ -112,13 +118,34 @@ extension Configuration {
     /// Every default.
     public init() {}
 
-    /// Steps with a log-probability that are trained on: the window without the last, which goes to σ = 0.
+    /// Steps with a log-probability that chunks are planned for: the window without the last, which goes to σ = 0; of
+    /// windows that move, the first.
     public var trainableSteps: Range<Int> {
       let all = 0..<max(steps - 1, 0)
-      guard case .steps(let first, let last) = window, first <= last, last < .max else {
-        return window == .all ? all : 0..<0
+      switch window {
+      case .all, .drawn: return all
+      case .steps(let first, let last):
+        return first <= last && last < .max ? all.clamped(to: first..<last + 1) : 0..<0
+      case .sliding(let width, _, _), .random(let width): return width <= all.count ? 0..<width : 0..<0
       }
-      return all.clamped(to: first..<last + 1)
+    }
+
+    /// ``trainableSteps`` of one group in one iteration of a validated configuration.
+    ///
+    /// `sliding` stays for `iterations`, moves on by `stride`, last to the end, and begins anew; `random` draws from
+    /// `generator`, every place alike.
+    func window(iteration: Int, using generator: inout some RandomNumberGenerator) -> Range<Int> {
+      let room = max(steps - 1, 0) - trainableSteps.count
+      switch window {
+      case .all, .drawn, .steps: return trainableSteps
+      case .random(let width):
+        let start = generator.index(below: room + 1)
+        return start..<(start + width)
+      case .sliding(let width, let stride, let iterations):
+        let places = (room + stride - 1) / stride + 1
+        let start = min(iteration / iterations % places * stride, room)
+        return start..<(start + width)
+      }
     }
 
     /// Kinds of steps x_i → x_{i+1} ~ N(μ, s²).
@@ -138,6 +165,19 @@ extension Configuration {
       case all
       /// Steps `first` to `last`, both included; written `first-last`.
       case steps(first: Int, last: Int)
+      /// `width` steps that move by `stride` every so many iterations; written `sliding:width,stride,iterations`.
+      case sliding(width: Int, stride: Int, iterations: Int)
+      /// `width` steps, drawn anew for each group; written `random:width`.
+      case random(width: Int)
+      /// Those of the chunks drawn for a group.
+      case drawn
+    }
+    /// What becomes of deterministic steps before the window.
+    public enum Prefix: String, Choice, CaseIterable {
+      /// Every sample computes its own.
+      case each
+      /// Samples of a group, which start from the same noise, share them.
+      case shared
     }
     /// Samples that start from the same noise.
     public enum SharedNoise: String, Choice, CaseIterable {
@@ -189,10 +229,12 @@ extension Configuration {
     public var ratio = Ratio.chunk
     /// Weights of the trained chunks.
     public var timeWeight = TimeWeight.perChunk
-    /// `uniform`, `weighted…` or `only:a,b,…`.
+    /// `uniform`, `weighted`, `weighted:softmax` or `only:a,b,…`.
     public var draw = "uniform"
     /// Share of a sample's chunks that is drawn.
     public var fraction = 0.5
+    /// Share of a drawn chunk's steps that is trained on.
+    public var stepFraction = 1.0
     /// Adaptive plans: pieces up to this size are not split.
     public var stopSize = 7
     /// Adaptive plans: shorter runs join a neighbour.
@@ -436,14 +478,34 @@ extension Configuration {
 }
 
 extension Configuration.Sampling.Window: Configuration.Choice {
-  static var expected: String { "all or first-last such as 0-4" }
-
-  /// Reads `all` or `first-last`; nil for anything else.
-  public init?(rawValue: String) {
-    if rawValue == "all" {
-      self = .all
-      return
+  /// Whether its place differs between groups or iterations.
+  var moves: Bool {
+    switch self {
+    case .all, .steps: false
+    case .sliding, .random, .drawn: true
     }
+  }
+
+  static var expected: String {
+    "all, first-last such as 0-4, sliding:width,stride,iterations, random:width or drawn"
+  }
+
+  /// Reads `all`, `first-last`, `sliding:w`, `sliding:w,s,n`, `random:w` or `drawn`; nil for anything else.
+  public init?(rawValue: String) {
+    let parts = rawValue.split(separator: ":", maxSplits: 1, omittingEmptySubsequences: false)
+    switch (parts[0], parts.count == 2 ? Configuration.counts(parts[1]) : nil) {
+    case ("all", nil) where parts.count == 1: self = .all
+    case ("drawn", nil) where parts.count == 1: self = .drawn
+    // what MixGRPO moves by, and when
+    case ("sliding", let n?) where n.count == 1: self = .sliding(width: n[0], stride: 1, iterations: 25)
+    case ("sliding", let n?) where n.count == 3:
+      self = .sliding(width: n[0], stride: n[1], iterations: n[2])
+    case ("random", let n?) where n.count == 1: self = .random(width: n[0])
+    default: self.init(ends: rawValue)
+    }
+  }
+
+  private init?(ends rawValue: String) {
     let ends = rawValue.split(separator: "-", omittingEmptySubsequences: false).map(Configuration.count)
     guard ends.count == 2, let first = ends[0], let last = ends[1] else { return nil }
     self = .steps(first: first, last: last)
@@ -454,6 +516,9 @@ extension Configuration.Sampling.Window: Configuration.Choice {
     switch self {
     case .all: "all"
     case .steps(let first, let last): "\(first)-\(last)"
+    case .sliding(let width, let stride, let iterations): "sliding:\(width),\(stride),\(iterations)"
+    case .random(let width): "random:\(width)"
+    case .drawn: "drawn"
     }
   }
 }

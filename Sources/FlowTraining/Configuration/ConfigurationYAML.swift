@@ -68,6 +68,12 @@ extension Configuration {
     }
   }
 
+  /// Such numbers between commas; nil unless all are.
+  static func counts(_ text: Substring) -> [Int]? {
+    let numbers = text.split(separator: ",", omittingEmptySubsequences: false).map(count)
+    return numbers.contains(nil) ? nil : numbers.compactMap { $0 }
+  }
+
   /// A number of things: decimal digits only, and so few that no sum of such numbers overflows.
   static func count(_ text: Substring) -> Int? {
     text.count < 10 && text.allSatisfy { $0.isASCII && $0.isNumber } ? Int(text) : nil
@@ -103,7 +109,8 @@ extension Configuration.Sampling: Configuration.Section {
       .init("steps", \.steps), .init("shift", \.shift), .init("guidance", \.guidance),
       .init("negative", \.negative), .init("textLength", \.textLength),
       .init("height", \.height), .init("width", \.width), .init("step", \.step), .init("eta", \.eta),
-      .init("window", \.window), .init("sharedNoise", \.sharedNoise), .init("decode", \.decode),
+      .init("window", \.window), .init("coarse", \.coarse), .init("prefix", \.prefix),
+      .init("sharedNoise", \.sharedNoise), .init("decode", \.decode),
       .init("schedule", \.schedule), .init("time", \.time),
     ]
   }
@@ -119,8 +126,8 @@ extension Configuration.Chunk: Configuration.Section {
   static var fields: [Configuration.Field<Self>] {
     [
       .init("plan", \.plan), .init("ratio", \.ratio), .init("timeWeight", \.timeWeight),
-      .init("draw", \.draw), .init("fraction", \.fraction), .init("stopSize", \.stopSize),
-      .init("minChunk", \.minChunk), .init("distance", \.distance),
+      .init("draw", \.draw), .init("fraction", \.fraction), .init("stepFraction", \.stepFraction),
+      .init("stopSize", \.stopSize), .init("minChunk", \.minChunk), .init("distance", \.distance),
     ]
   }
 }
