@@ -752,6 +752,20 @@ int32_t ctorch_packed_linear(ctorch_tensor *out, ctorch_tensor x, const ctorch_t
                                          adapters(downs, ups, scales, starts, count)));
   });
 }
+int32_t ctorch_packed_trained_linear(ctorch_tensor *out, ctorch_tensor x, const ctorch_tensor *packed,
+                                     const ctorch_tensor *weights, const ctorch_tensor *biases, const int64_t *starts,
+                                     int32_t count) {
+  return guarded([&] {
+    auto part = [&](int i) { return packed[i] ? unwrap(packed[i]) : Tensor(); };
+    std::vector<Tensor> leaves;
+    for (int32_t i = 0; i < count; i++) {
+      leaves.push_back(unwrap(weights[i]));
+      leaves.push_back(biases ? unwrap(biases[i]) : at::empty({0}));
+    }
+    *out = wrap(chunkgrpo::packed_linear(unwrap(x), {part(0), part(1), part(2), part(3), part(4)}, leaves,
+                                         std::vector<int64_t>(starts, starts + count)));
+  });
+}
 int64_t ctorch_version(ctorch_tensor t) { return int64_t(unwrap(t)._version()); }
 
 }  // extern "C"

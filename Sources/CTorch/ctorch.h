@@ -207,6 +207,11 @@ CTORCH_API int32_t ctorch_pack_linear(ctorch_tensor *packed, ctorch_tensor weigh
 CTORCH_API int32_t ctorch_packed_linear(ctorch_tensor *out, ctorch_tensor x, const ctorch_tensor *packed,
                                         const ctorch_tensor *downs, const ctorch_tensor *ups, const double *scales,
                                         const int64_t *starts, int32_t count);
+/* The same of `count` layers that are trained themselves, from a layout of their bfloat16 values: gradients go to the
+ * leaves weights[i] and biases[i] (`biases` NULL for none). */
+CTORCH_API int32_t ctorch_packed_trained_linear(ctorch_tensor *out, ctorch_tensor x, const ctorch_tensor *packed,
+                                                const ctorch_tensor *weights, const ctorch_tensor *biases,
+                                                const int64_t *starts, int32_t count);
 /* Grows with every change in place. */
 CTORCH_API int64_t ctorch_version(ctorch_tensor tensor);
 

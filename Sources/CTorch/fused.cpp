@@ -495,7 +495,9 @@ void product(Bits *out, int64_t stride, const Bits *a, int64_t rows, int64_t k, 
   }
 }
 
-/* A frozen layer and its adapters, row block by row block: x·Wᵀ + b + (x·downᵀ)·upᵀ is one product of [x | x·downᵀ]. */
+/* A layer and its adapters, row block by row block: x·Wᵀ + b + (x·downᵀ)·upᵀ is one product of [x | x·downᵀ]. `leaves`
+   are the adapters' factors in pairs or, without scales, weights and biases that are trained themselves (an empty tensor
+   for no bias); `starts` their first rows. */
 struct PackedProduct : torch::autograd::Function<PackedProduct> {
   static Tensor forward(AutogradContext *ctx, const Tensor &input, at::TensorList leaves, const PackedLinear &w,
                         const std::vector<double> &scales, const std::vector<int64_t> &starts) {
@@ -527,7 +529,8 @@ struct PackedProduct : torch::autograd::Function<PackedProduct> {
     });
     variable_list saved{x, hidden, w.backward, w.up};
     saved.insert(saved.end(), leaves.begin(), leaves.end());
-    if (rank == 0) saved[0] = saved[3] = Tensor();  // the gradient of x needs the weights alone
+    if (rank == 0) saved[3] = Tensor();
+    if (leaves.empty()) saved[0] = Tensor();  // the gradient of x needs the weights alone
     ctx->save_for_backward(saved);
     ctx->saved_data["scales"] = scales;
     ctx->saved_data["starts"] = starts;
@@ -597,6 +600,16 @@ struct PackedProduct : torch::autograd::Function<PackedProduct> {
       at::native::cpublas::brgemm_release();
     });
     variable_list result{dx};
+    if (scales.empty() && saved.size() > 4) {  // weights and biases that are trained themselves
+      const Tensor dweight = g.view({rows, n}).t().mm(saved[0].view({rows, k})), dbias = g.view({rows, n}).sum(0, false, at::kFloat);
+      for (size_t i = 0; i < starts.size(); i++) {
+        const Tensor &weight = saved[4 + 2 * i], &bias = saved[5 + 2 * i];
+        result.push_back(dweight.narrow(0, starts[i], weight.size(0)).to(weight.scalar_type()));
+        result.push_back(bias.numel() ? dbias.narrow(0, starts[i], bias.size(0)).to(bias.scalar_type()) : Tensor());
+      }
+      result.resize(result.size() + 3);
+      return result;
+    }
     ddown = ddown.sum(0);
     dup = dup.sum(0);
     int64_t row = 0;
@@ -714,6 +727,10 @@ struct Leaves {
 };
 }  // namespace
 
+Tensor packed_linear(const Tensor &x, const PackedLinear &packed, const std::vector<Tensor> &weights,
+                     const std::vector<int64_t> &starts) {
+  return PackedProduct::apply(x, at::TensorList(weights), packed, std::vector<double>(), starts);
+}
 PackedLinear pack_linear(const Tensor &weight, const std::optional<Tensor> &bias, const Tensor &down, const Tensor &up) {
   at::NoGradGuard no_grad;
   TORCH_CHECK(weight.scalar_type() == at::kBFloat16 && weight.size(0) % 2 == 0 && weight.size(1) % 2 == 0,

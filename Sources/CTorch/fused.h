@@ -32,6 +32,10 @@ struct PackedLinear {
 PackedLinear pack_linear(const at::Tensor &weight, const std::optional<at::Tensor> &bias, const at::Tensor &down,
                          const at::Tensor &up);
 at::Tensor packed_linear(const at::Tensor &x, const PackedLinear &packed, const std::vector<Adapter> &adapters);
+/* The same of layers that are trained themselves: `weights` holds each one's weight and bias, float32 leaves (an empty
+   tensor for no bias), `starts` their first rows. */
+at::Tensor packed_linear(const at::Tensor &x, const PackedLinear &packed, const std::vector<at::Tensor> &weights,
+                         const std::vector<int64_t> &starts);
 at::Tensor adapted_linear(const at::Tensor &x, const at::Tensor &weight, const std::optional<at::Tensor> &bias,
                           const at::Tensor &packed_down, const at::Tensor &packed_up,
                           const std::vector<Adapter> &adapters);

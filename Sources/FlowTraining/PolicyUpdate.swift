@@ -69,8 +69,9 @@ public struct ReferencePenalty {
 /// Recomputes log-probabilities of stored transitions and back-propagates the clipped objective.
 ///
 /// The objective touches θ only through Σ log p_θ(step), so its gradient is Σ c·∇log p with coefficients known once
-/// the ratios are. Samples whose trained steps fit one micro-batch are done in one pass; otherwise the ratios come
-/// first, without gradients, and the steps follow in micro-batches of any size: memory does not depend on chunks.
+/// the ratios are. In the first update after a rollout they are 1. Later, samples whose trained steps fit one micro-batch
+/// are done in one pass; otherwise the ratios of all come first, without gradients, and the steps follow in micro-batches
+/// of any size: memory does not depend on chunks.
 public struct PolicyUpdate {
   /// The network.
   public let network: TimedNetwork
@@ -116,28 +117,40 @@ public struct PolicyUpdate {
   ) throws -> UpdateReport {
     var report = UpdateReport()
     let active = samples.filter { $0.advantage != 0 || penalty != nil }
-    let onePass = active.allSatisfy { $0.stepCount <= microBatch }
-    for group in onePass ? packed(active) : active.map({ [$0] }) {
-      let entries = group.flatMap { sample in
-        sample.chunks.flatMap { $0.steps.map { Entry(row: sample.row, step: $0) } }
+    func entries(_ group: [UpdateSample]) -> [Entry] {
+      group.flatMap { sample in sample.chunks.flatMap { $0.steps.map { Entry(row: sample.row, step: $0) } } }
+    }
+    if first, penalty == nil {
+      // θ has not moved: every ratio is 1 before any pass, and the replay gap tells if a pass says otherwise.
+      let all = entries(active)
+      let weights = try weights(active, nil, trajectories, samples.count, first, &report)
+      report = UpdateReport()
+      var values: [[Double]] = []
+      for range in passes(all.count) {
+        let residuals = try self.residuals(Array(all[range]), trajectories, conditions)
+        values += try residuals.rows()
+        try network.backward(residuals, try gradient(weights[range], like: residuals))
       }
-      if onePass {
-        let residuals = try self.residuals(entries, trajectories, conditions)
+      _ = try self.weights(active, values, trajectories, samples.count, first, &report)
+      return report
+    }
+    if active.allSatisfy({ $0.stepCount <= microBatch }) {
+      for group in packed(active) {
+        let residuals = try self.residuals(entries(group), trajectories, conditions)
         let weights = try weights(group, try residuals.rows(), trajectories, samples.count, first, &report)
         try network.backward(residuals, try gradient(weights[...], like: residuals))
-      } else {
-        var values: [[Double]] = []
-        for range in passes(entries.count) {
-          values += try withoutGrad {
-            try residuals(Array(entries[range]), trajectories, conditions).rows()
-          }
-        }
-        let weights = try weights(group, values, trajectories, samples.count, first, &report)
-        for range in passes(entries.count) {
-          let residuals = try self.residuals(Array(entries[range]), trajectories, conditions)
-          try network.backward(residuals, try gradient(weights[range], like: residuals))
-        }
       }
+      return report
+    }
+    let all = entries(active)
+    var values: [[Double]] = []
+    for range in passes(all.count) {
+      values += try withoutGrad { try residuals(Array(all[range]), trajectories, conditions).rows() }
+    }
+    let weights = try weights(active, values, trajectories, samples.count, first, &report)
+    for range in passes(all.count) {
+      let residuals = try self.residuals(Array(all[range]), trajectories, conditions)
+      try network.backward(residuals, try gradient(weights[range], like: residuals))
     }
     return report
   }
@@ -159,19 +172,21 @@ public struct PolicyUpdate {
     return stride(from: 0, to: count, by: rows).map { $0..<min($0 + rows, count) }
   }
 
-  /// Whole samples packed into micro-batches, in order.
+  /// Whole samples packed into micro-batches: the long ones first, each where there is room.
   private func packed(_ samples: [UpdateSample]) -> [[UpdateSample]] {
-    var groups: [[UpdateSample]] = []
-    var room = 0
-    for sample in samples {
-      if sample.stepCount > room {
-        groups.append([])
-        room = microBatch
-      }
-      groups[groups.count - 1].append(sample)
-      room -= sample.stepCount
+    var groups: [(samples: [UpdateSample], room: Int)] = []
+    let order = samples.indices.sorted { (samples[$1].stepCount, $0) < (samples[$0].stepCount, $1) }
+    for sample in order.map({ samples[$0] }) {
+      let place =
+        groups.firstIndex { $0.room >= sample.stepCount }
+        ?? {
+          groups.append(([], microBatch))
+          return groups.count - 1
+        }()
+      groups[place].samples.append(sample)
+      groups[place].room -= sample.stepCount
     }
-    return groups
+    return groups.map(\.samples)
   }
 
   /// Mean squared residuals [entries, 1 or 2] of stored transitions under the network as it is now; with a penalty beside
@@ -205,9 +220,9 @@ public struct PolicyUpdate {
     return try Tensor.stack(columns, 1).narrow(0, 0, entries.count)
   }
 
-  /// Coefficients of −objective with respect to each entry's values.
+  /// Coefficients of −objective with respect to each entry's values; without values, as if log p were the rollout's.
   private func weights(
-    _ samples: [UpdateSample], _ values: [[Double]], _ trajectories: Trajectories, _ total: Int,
+    _ samples: [UpdateSample], _ values: [[Double]]?, _ trajectories: Trajectories, _ total: Int,
     _ first: Bool, _ report: inout UpdateReport
   ) throws -> [[Double]] {
     var next = 0
@@ -215,13 +230,14 @@ public struct PolicyUpdate {
     for sample in samples {
       var beside: [[Double]] = []
       let chunks = sample.chunks.map { chunk in
+        let old = chunk.steps.map { trajectories.logProbabilities[sample.row][$0] }
+        guard let values else { return TrainedChunk(new: old, old: old, weight: chunk.weight) }
         let mine = values[next..<(next + chunk.steps.count)]
         next += chunk.steps.count
         if penalty != nil { beside.append(mine.map { $0[1] }) }
         let new = zip(chunk.steps, mine).map {
           table.logProbability(meanSquaredResidual: $1[0], step: $0)
         }
-        let old = chunk.steps.map { trajectories.logProbabilities[sample.row][$0] }
         return TrainedChunk(new: new, old: old, weight: chunk.weight)
       }
       if first {

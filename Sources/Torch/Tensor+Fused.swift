@@ -112,6 +112,34 @@ extension Tensor {
     }
   }
 
+  /// The same of layers that are trained themselves, from a layout of their values in bfloat16.
+  ///
+  /// - Parameters:
+  ///   - layers: weights [rows, in] and biases [rows], float32 leaves; all have a bias or none has.
+  public func linear(
+    _ packed: PackedLinear, trained layers: [(weight: Tensor, bias: Tensor?)]
+  ) throws(TorchError) -> Tensor {
+    var (starts, next): ([Int], Int) = ([], 0)
+    for layer in layers {
+      starts.append(next)
+      next += layer.weight.size(0)
+    }
+    let biases = layers.compactMap(\.bias)
+    return try produce("packedLinear", [self]) { out in
+      withExtendedLifetime(packed.parts) {
+        withHandles(layers.map(\.weight)) { weights, count in
+          withHandles(biases) { biases, given in
+            withInts(starts) { starts, _ in
+              ctorch_packed_trained_linear(
+                out, handle, packed.parts.map { $0?.handle }, weights, given == count ? biases : nil, starts,
+                count)
+            }
+          }
+        }
+      }
+    }
+  }
+
   /// Grows with every change in place: equal versions of one tensor hold equal values.
   public var version: Int { Int(ctorch_version(handle)) }
 }

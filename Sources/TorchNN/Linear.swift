@@ -69,11 +69,26 @@ private final class PreparedProduct {
     case adapted(down: Tensor, up: Tensor)
     case packed(Tensor.PackedLinear)
   }
-  var form = Form.plain
-  /// The base weight and the adapters' factors; a change in place gives a tensor a new version.
-  var sources: [Tensor] = []
-  var versions: [Int] = []
-  var dtype = DType.float32
+  private var kept: (form: Form, sources: [Tensor], versions: [Int], dtype: DType)?
+
+  /// The form made of `sources` for products in `dtype`: the kept one while they are the same tensors unchanged.
+  func form(
+    _ sources: [Tensor], _ dtype: DType, _ make: () throws(TorchError) -> Form
+  ) throws(TorchError) -> Form {
+    // A change in place gives a tensor a new version.
+    let versions = sources.map(\.version)
+    if let kept, kept.versions == versions, kept.dtype == dtype,
+      zip(kept.sources, sources).allSatisfy({ $0 === $1 })
+    {
+      return kept.form
+    }
+    kept = nil
+    let form = try make()
+    kept = (form, sources, versions, dtype)
+    return form
+  }
+
+  func forget() { kept = nil }
 }
 
 /// Linear layers with one input, evaluated as one matrix product.
@@ -110,8 +125,11 @@ public final class LinearGroup {
       for member in members { parts.append(try member(x)) }
       return try Tensor.cat(parts, -1)
     }
-    let (weight, scales, bias) = try weights()
     let adapters = adapters()
+    if adapters.isEmpty, let packed = try packedLeaves(x) {
+      return try x.linear(packed, trained: members.map { ($0.weight.tensor, $0.bias?.tensor) })
+    }
+    let (weight, scales, bias) = try weights()
     if let scales {
       let base = try x.quantisedLinear(weight, scales, bias)
       return adapters.isEmpty ? base : try addAdapters(to: base, x)
@@ -136,31 +154,42 @@ public final class LinearGroup {
     }
   }
 
-  /// What the frozen layers multiply by, made anew only when an optimizer step has changed the adapters.
+  /// The layout of trained layers' values in x's dtype, made anew only when an optimizer step has changed them; nil where
+  /// layers are not packed or not all of them trained.
+  private func packedLeaves(_ x: Tensor) throws(TorchError) -> Tensor.PackedLinear? {
+    let biases = members.compactMap { $0.bias?.tensor }
+    let sources = members.map(\.weight.tensor) + biases
+    guard sources.allSatisfy({ $0.requiresGrad && $0.dtype == .float32 }),
+      biases.isEmpty || biases.count == members.count,
+      Self.packs(inSize: members[0].inSize, x.dtype, x.device), members[0].inSize % 2 == 0,
+      members.reduce(0, { $0 + $1.outSize }) % 2 == 0
+    else { return nil }
+    let form = try prepared.form(sources, x.dtype) { () throws(TorchError) in
+      try withoutGrad { () throws(TorchError) in
+        let bias = biases.isEmpty ? nil : try Tensor.cat(biases).to(x.dtype)
+        let weight = try Tensor.cat(members.map(\.weight.tensor)).to(x.dtype)
+        return .packed(try weight.packedLinear(bias, down: nil, up: nil))
+      }
+    }
+    guard case .packed(let packed) = form else { return nil }
+    return packed
+  }
+
+  /// What frozen layers multiply by, made anew only when an optimizer step has changed the adapters.
   private func prepare(
     _ adapters: [Tensor.Adapter], _ weight: Tensor, _ bias: Tensor?, _ x: Tensor
   ) throws(TorchError) -> PreparedProduct.Form {
-    let sources = [weight] + adapters.flatMap { [$0.down, $0.up] }
-    let versions = sources.map(\.version)
-    if prepared.versions == versions, prepared.dtype == x.dtype,
-      zip(prepared.sources, sources).allSatisfy({ $0 === $1 })
-    {
-      return prepared.form
-    }
-    let form: PreparedProduct.Form = try withoutGrad { () throws(TorchError) in
-      let factors = adapters.isEmpty ? nil : try joined(x)
-      let sizes = [weight.size(0), weight.size(1), factors?.down.size(0) ?? 0]
-      let packs =
-        weight.dtype == x.dtype && Self.packs(inSize: sizes[1], x.dtype, x.device)
-        && sizes.allSatisfy { $0 % 2 == 0 }
-      if packs {
-        return PreparedProduct.Form.packed(
-          try weight.packedLinear(bias, down: factors?.down, up: factors?.up))
+    try prepared.form([weight] + adapters.flatMap { [$0.down, $0.up] }, x.dtype) { () throws(TorchError) in
+      try withoutGrad { () throws(TorchError) in
+        let factors = adapters.isEmpty ? nil : try joined(x)
+        let sizes = [weight.size(0), weight.size(1), factors?.down.size(0) ?? 0]
+        guard
+          weight.dtype == x.dtype, Self.packs(inSize: sizes[1], x.dtype, x.device),
+          sizes.allSatisfy({ $0 % 2 == 0 })
+        else { return factors.map { .adapted(down: $0.down, up: $0.up) } ?? .plain }
+        return .packed(try weight.packedLinear(bias, down: factors?.down, up: factors?.up))
       }
-      return factors.map { .adapted(down: $0.down, up: $0.up) } ?? .plain
     }
-    (prepared.form, prepared.sources, prepared.versions, prepared.dtype) = (form, sources, versions, x.dtype)
-    return form
   }
 
   /// The adapters' factors side by side in x's dtype, B's scaled and each in its own rows and columns.
@@ -248,7 +277,7 @@ public final class LinearGroup {
   /// Forgets the stacked weights, after a member was made trainable or changed dtype.
   public func unstack() {
     stacked = nil
-    prepared.versions = []
+    prepared.forget()
   }
 }
 
