@@ -70,10 +70,10 @@ final class Bench {
 
   func gradient(
     _ samples: [UpdateSample], _ trajectories: Trajectories, microBatch: Int, ratio: RatioKind = .chunk,
-    clip: ClipRange = ClipRange(low: 5e-5, high: 5e-5)
+    clip: ClipRange = ClipRange(low: 5e-5, high: 5e-5), first: Bool = true
   ) throws -> (values: [Double], report: UpdateReport) {
     let report = try rule(microBatch: microBatch, ratio: ratio, clip: clip)
-      .accumulate(samples, trajectories, conditions: conditions, first: true)
+      .accumulate(samples, trajectories, conditions: conditions, first: first)
     return (try takeGradient(), report)
   }
 
@@ -155,7 +155,7 @@ final class Bench {
 /// Counts the rows that go through a network.
 final class CountingModel: FlowModel {
   let base: any FlowModel
-  private(set) var passes: [Int] = []
+  var passes: [Int] = []
   init(_ base: any FlowModel) { self.base = base }
   var modules: ModuleRegistry { base.modules }
   func velocity(_ latents: Tensor, times: Tensor, condition: Condition, guidance: Double?) throws -> Tensor {
