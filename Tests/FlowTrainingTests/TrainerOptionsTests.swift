@@ -112,7 +112,7 @@ struct TrainerOptionsTests {
     #expect(try integers("each", "rows_rollout") == [each, each])
     #expect(try integers("shared", "rows_rollout") == [shared, shared])
     func rest(_ name: String) throws -> [String] {
-      try shop.timeless(name).map { $0.replacing(/"rows_rollout":\d+/, with: "") }
+      try shop.timeless(name).map { $0.replacing(/"(rows_rollout|network_passes)":\d+/, with: "") }
     }
     #expect(try rest("shared") == rest("each"))
   }
