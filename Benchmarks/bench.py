@@ -508,8 +508,8 @@ def main():
             continue  # came with another
         print(name, flush=True)
         ROWS[name](bench, name)
-    if not options.quick:
-        write(bench.rows, machine)
+        if not options.quick:  # row by row: an interrupted run keeps what it has measured
+            write(bench.rows, machine)
 
 
 def matches(name, pattern):
