@@ -201,13 +201,17 @@ public final class LinearGroup {
     for (member, rank) in zip(members, ranks) {
       if let adapter = member.adapter {
         downs.append(adapter.down)
-        ups.append(try (adapter.up * adapter.scale).pad([before, total - before - rank]))
+        // The scale rides on B, which is small.
+        let up = adapter.scale == 1 ? adapter.up : try adapter.up * adapter.scale
+        ups.append(rank == total ? up : try up.pad([before, total - before - rank]))
       } else {
         ups.append(try Tensor.zeros([member.outSize, total], device: x.device))
       }
       before += rank
     }
-    return (try Tensor.cat(downs).to(x.dtype), try Tensor.cat(ups).to(x.dtype))
+    let down = downs.count == 1 ? downs[0] : try Tensor.cat(downs)
+    let up = ups.count == 1 ? ups[0] : try Tensor.cat(ups)
+    return (try down.to(x.dtype), try up.to(x.dtype))
   }
 
   /// Stored values of quantised layers, else the values computed with.
@@ -250,24 +254,7 @@ public final class LinearGroup {
 
   /// Adds every adapter of a trained or quantised base, with two products: x·[A₁ A₂ …]ᵀ, then a block-diagonal B.
   private func addAdapters(to base: Tensor, _ x: Tensor) throws(TorchError) -> Tensor {
-    var downs: [Tensor] = []
-    var ups: [Tensor] = []
-    let ranks = members.map { $0.adapter?.rank ?? 0 }
-    let total = ranks.reduce(0, +)
-    var before = 0
-    for (member, rank) in zip(members, ranks) {
-      if let adapter = member.adapter {
-        downs.append(adapter.down)
-        // The scale rides on B, which is small.
-        let up = adapter.scale == 1 ? adapter.up : try adapter.up * adapter.scale
-        ups.append(rank == total ? up : try up.pad([before, total - before - rank]))
-      } else {
-        ups.append(try Tensor.zeros([member.outSize, total], device: x.device))
-      }
-      before += rank
-    }
-    let down = try (downs.count == 1 ? downs[0] : try Tensor.cat(downs)).to(x.dtype)
-    let up = try (ups.count == 1 ? ups[0] : try Tensor.cat(ups)).to(x.dtype)
+    let (down, up) = try joined(x)
     let rows = try x.reshape(-1, members[0].inSize)
     let hidden = try rows.linear(down)
     let outSize = members.reduce(0) { $0 + $1.outSize }
