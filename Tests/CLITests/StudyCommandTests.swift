@@ -9,8 +9,9 @@ struct StudyCommandTests {
   static let study = """
     base: config.yaml
     output: out
+    set: ["chunk.plan=list:9"]  # not valid by itself: every arm names its own
     arms:
-      step: []
+      step: [chunk.plan=step]
       sequence: [chunk.plan=sequence, optim.lr=2.0e-3]
     seeds: [1, 2, 3]
     evaluate: {count: 2, steps: 2}
@@ -145,7 +146,7 @@ struct StudyCommandTests {
     #expect(changed.err.contains("arm sequence, seed 3: "))
 
     try source.write(
-      Self.study.replacingOccurrences(of: "seeds:", with: "  new: [optim.lr=3.0e-3]\nseeds:"), to: "more.yaml"
+      Self.study.replacingOccurrences(of: "seeds:", with: "  new: [chunk.plan=step, optim.lr=3.0e-3]\nseeds:"), to: "more.yaml"
     )
     let dry = try Tool.run(["study", "more.yaml", "--dry-run", "--json"], in: source).json()
     let states = try #require(dry["runs"] as? [[String: Any]]).map { $0["state"] as? String }

@@ -30,6 +30,8 @@ public struct StudyPlan: Sendable {
   public let arms: [Arm]
   /// Name of the arm that the others are compared with.
   public let reference: String
+  /// What the untrained model is scored with: the reference arm, as the base alone need not be valid.
+  var untrained: Configuration { arms.first { $0.arm.name == reference }!.configuration }
   /// What is allowed and perhaps not meant.
   public let warnings: [String]
   /// The study's folder.

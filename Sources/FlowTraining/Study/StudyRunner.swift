@@ -170,7 +170,7 @@ public final class StudyRunner {
         "\(left.count) of \(plan.runs.count) runs to do, \(count) side by side\(threads.map { ", \($0) thread\($0 == 1 ? "" : "s") each" } ?? "")"
       )
     }
-    try AtomicFile.write(Data(plan.base.yaml().utf8), to: baseFile)
+    try AtomicFile.write(Data(plan.untrained.yaml().utf8), to: baseFile)
     var work: [() throws -> Task?] = baselines().map { task in { task } }
     work += left.map { run in { try self.train(run) } }
     try execute(work, count: count, threads: threads)
@@ -229,7 +229,7 @@ public final class StudyRunner {
   private func baseline(_ name: String, _ arguments: [String]) -> StudyRun.Scores? {
     guard let data = try? Data(contentsOf: baseFolder.appending(path: "\(name).json")),
       let stored = try? JSONDecoder().decode(Baseline.self, from: data), stored.arguments == arguments,
-      stored.base == plan.base.yaml()
+      stored.base == plan.untrained.yaml()
     else { return nil }
     return stored.scores
   }
@@ -240,7 +240,7 @@ public final class StudyRunner {
       ) { output in
         try FileManager.default.createDirectory(at: self.baseFolder, withIntermediateDirectories: true)
         let stored = Baseline(
-          arguments: arguments, base: self.plan.base.yaml(), scores: try StudyRun.scores(output))
+          arguments: arguments, base: self.plan.untrained.yaml(), scores: try StudyRun.scores(output))
         try AtomicFile.write(try StudyRun.encode(stored), to: self.baseFolder.appending(path: "\(name).json"))
         return nil
       }
