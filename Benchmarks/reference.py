@@ -591,6 +591,21 @@ def probe():
     return result
 
 
+def sustained(dtype):
+    """FLOP/s of all threads over a second of the product that reached the peak: what lasts, not what a moment allows."""
+    def rate(shape, budget):
+        m, k, n = shape
+        a, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
+        torch.nn.functional.linear(a, b)
+        start, count = time.perf_counter(), 0
+        while time.perf_counter() - start < budget:
+            torch.nn.functional.linear(a, b)
+            count += 1
+        return 2 * m * k * n * count / (time.perf_counter() - start)
+
+    return max(rate(shape, 0.5) for shape in SHAPES[2:])
+
+
 def probe_device():
     """FLOP/s of bfloat16 products on the CUDA device."""
     best = 0
@@ -630,6 +645,8 @@ def answer(request):
         results = {name: t.detach().float().contiguous() for name, t in current.check().items()}
         save_file(results, request["file"])
         return {}
+    if operation == "sustained":
+        return {"rate": sustained(getattr(torch, request["dtype"]))}
     if operation == "inputs":
         save_file({k: v.contiguous() for k, v in INPUTS[request["kind"]](p).items()}, request["file"])
         return {}

@@ -2,6 +2,7 @@
 #include "ctorch.h"
 
 #include "fused.h"
+#include "memory.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Context.h>
@@ -82,6 +83,8 @@ void enter_thread() {
   static const bool kept = mallopt(M_MMAP_THRESHOLD, 32 << 20) + mallopt(M_TRIM_THRESHOLD, 256 << 20) == 2;
   (void)kept;
 #endif
+  static const bool keeps = (chunkgrpo::keep_large_buffers(), true);
+  (void)keeps;
   thread_local const bool entered = [] { return at::globalContext().setFlushDenormal(true), true; }();
   (void)entered;
 }

@@ -336,7 +336,7 @@ struct JointAttention : torch::autograd::Function<JointAttention> {
         const int64_t b = task / s.heads, h = task % s.heads;
         gather(s, t, b, h, q, k, v);
         kernel.pack_transposed(keys, k, head, m);
-        kernel.pack(values, v, head, m);
+        kernel.pack(values, v, head.size, head, m);
         float *largest = sums + 2 * task * n, *inverse = largest + n;  // what backward needs of every row
         for (int64_t first = 0; first < n; first += query_block) {
           const int64_t rows = std::min(query_block, n - first);
@@ -385,7 +385,7 @@ struct JointAttention : torch::autograd::Function<JointAttention> {
         }
         kernel.pack_transposed(keys_turned, k, head, m);
         kernel.pack_transposed(values_turned, v, head, m);
-        kernel.pack(keys, k, head, m);
+        kernel.pack(keys, k, head.size, head, m);
         const float *largest = sums + 2 * task * n;
         for (int64_t first = 0; first < n; first += query_block) {
           const int64_t rows = std::min(query_block, n - first), padded = (rows + 15) / 16 * 16;
@@ -396,10 +396,10 @@ struct JointAttention : torch::autograd::Function<JointAttention> {
                                   s.factor);
           // Transposed products, so that only the narrow matrices are turned: dVᵀ += dOᵀ·P, dKᵀ += Qᵀ·dS.
           kernel.transpose(turned, padded, o + first * d, part);
-          kernel.pack(pairs, p, wide, padded);
+          kernel.pack(pairs, p, wide.size, wide, padded);
           multiply(d, m, padded, turned, padded, pairs, m, dv_turned, m, first > 0);
           kernel.transpose(turned, padded, q + first * d, part);
-          kernel.pack(pairs, ds, wide, padded);
+          kernel.pack(pairs, ds, wide.size, wide, padded);
           multiply(d, m, padded, turned, padded, pairs, m, dk_turned, m, first > 0);
           multiply(rows, d, m, ds, m, keys, dq + first * d);
         }
@@ -569,10 +569,10 @@ struct PackedProduct : torch::autograd::Function<PackedProduct> {
           product(inner, rank, a, count, n, data<Bits>(saved[3]), rank, nullptr, scratch);
           // down: innerᵀ·x; up: hiddenᵀ·g, of each layer its own rows and columns.
           kernel.transpose(turned, row_block, inner, {count, rank});
-          kernel.pack(pairs, data<Bits>(saved[0]) + first * k, {count, k}, row_block);
+          kernel.pack(pairs, data<Bits>(saved[0]) + first * k, k, {count, k}, row_block);
           multiply(rank, k, row_block, turned, row_block, pairs, k, ddown, k, true);
           kernel.transpose(turned, row_block, data<Bits>(saved[1]) + first * rank, {count, rank});
-          kernel.pack(pairs, a, {count, n}, row_block);
+          kernel.pack(pairs, a, n, {count, n}, row_block);
           int64_t row = 0;
           for (size_t i = 0; i < scales.size(); i++) {
             const int64_t r = saved[4 + 2 * i].size(0), width = saved[5 + 2 * i].size(0);
@@ -624,15 +624,70 @@ struct PackedProduct : torch::autograd::Function<PackedProduct> {
   }
 };
 
+/* out += a·m + bias, where there is one, for a [rows, r] with few columns and the operand of m [r, n]: one pass over out. */
+void add_product(Tensor &out, const Tensor &a, const Tensor &packed, const std::optional<Tensor> &bias) {
+  const int64_t rows = out.size(0), n = out.size(1), r = a.size(1);
+  const Tensor floats = bias ? bias->to(at::kFloat).contiguous() : Tensor();
+  at::parallel_for(0, (rows + row_block - 1) / row_block, 1, [&](int64_t begin, int64_t end) {
+    Arena arena(size_t(row_block * column_block) * sizeof(float));
+    float *scratch = arena.take<float>(row_block * column_block);
+    for (int64_t block = begin; block < end; block++) {
+      const int64_t first = block * row_block, count = std::min(row_block, rows - first);
+      for (int64_t c = 0; c < n; c += column_block) {
+        const int64_t width = std::min(column_block, n - c);
+        multiply(count, width, r, data<Bits>(a) + first * r, r, data<Bits>(packed) + c * r, scratch);
+        kernels<Bits>().accumulate(data<Bits>(out) + first * n + c, n, scratch, bias ? data<float>(floats) + c : nullptr,
+                                   {count, width});
+      }
+    }
+    at::native::cpublas::brgemm_release();
+  });
+}
+
+/* aᵀ·b [r, n] in float32 for a [rows, r] with few columns, b [rows, n] with contiguous rows: one pass over b. */
+Tensor product_over_rows(const Tensor &a, const Tensor &b) {
+  constexpr int64_t height = 256, width = 512;
+  const int64_t rows = a.size(0), r = a.size(1), n = b.size(1), padded = (rows + 31) / 32 * 32;
+  Tensor turned = at::zeros({r, padded}, a.options()), out = at::empty({r, n}, a.options().dtype(at::kFloat));
+  turned.narrow(1, 0, rows).copy_(a.t());
+  at::parallel_for(0, (n + width - 1) / width, 1, [&](int64_t begin, int64_t end) {
+    Arena arena(size_t(height * width) * sizeof(Bits));
+    Bits *pairs = arena.take<Bits>(height * width);
+    for (int64_t c = begin * width; c < std::min(end * width, n); c += width) {
+      const int64_t columns = std::min(width, n - c);
+      for (int64_t first = 0; first < padded; first += height) {
+        const int64_t depth = std::min(height, padded - first);
+        kernels<Bits>().pack(pairs, data<Bits>(b) + first * b.stride(0) + c, b.stride(0),
+                             {std::min(depth, rows - first), columns}, depth);
+        multiply(r, columns, depth, data<Bits>(turned) + first, padded, pairs, columns, data<float>(out) + c, n, first > 0);
+      }
+    }
+    at::native::cpublas::brgemm_release();
+  });
+  return out;
+}
+
+/* Layers too wide to be laid out anew, and those of other devices and types: the base by libtorch, the adapters beside it. */
 struct AdaptedLinear : torch::autograd::Function<AdaptedLinear> {
+  /* Whether the adapters' products, with one side of a few columns, are made by brgemm. */
+  static bool narrow(const Tensor &x, const Tensor &weight, const Tensor &down) {
+    return x.device().is_cpu() && x.scalar_type() == at::kBFloat16 && attention_fusible(at::kBFloat16) &&
+           down.size(0) % 2 == 0 && weight.size(0) % 2 == 0 && weight.size(1) % 2 == 0;
+  }
+
   static Tensor forward(AutogradContext *ctx, const Tensor &x, at::TensorList leaves, const Tensor &weight,
                         const std::optional<Tensor> &bias, const Tensor &down, const Tensor &up,
                         const std::vector<double> &scales, const std::vector<int64_t> &starts) {
     auto shape = x.sizes().vec();
-    const Tensor rows = x.reshape({-1, shape.back()});
-    Tensor out = at::linear(rows, weight, bias);
-    const Tensor hidden = rows.mm(down.t());
-    out.addmm_(hidden, up.t());
+    const Tensor rows = x.reshape({-1, shape.back()}), hidden = rows.mm(down.t());
+    Tensor out;
+    if (narrow(x, weight, down)) {
+      out = at::linear(rows, weight);
+      add_product(out, hidden, operand(up.t()), bias);
+    } else {
+      out = at::linear(rows, weight, bias);
+      out.addmm_(hidden, up.t());
+    }
     variable_list saved{rows, hidden, weight, down, up};
     saved.insert(saved.end(), leaves.begin(), leaves.end());
     ctx->save_for_backward(saved);
@@ -646,25 +701,29 @@ struct AdaptedLinear : torch::autograd::Function<AdaptedLinear> {
     const Tensor &x = saved[0], &hidden = saved[1], &weight = saved[2], &down = saved[3], &up = saved[4];
     const auto scales = ctx->saved_data["scales"].toDoubleVector();
     const auto starts = ctx->saved_data["starts"].toIntVector();
-    const Tensor g = gradients[0].reshape({-1, weight.size(0)});
-    const Tensor inner = g.mm(up);
+    const Tensor g = gradients[0].reshape({-1, weight.size(0)}).contiguous(), inner = g.mm(up);
+    const bool few = narrow(x, weight, down);
+    auto over_rows = [few](const Tensor &a, const Tensor &b) { return few ? product_over_rows(a, b) : a.t().mm(b); };
     variable_list result(1);
     if (ctx->needs_input_grad(0)) {
       Tensor dx = g.mm(weight);
-      dx.addmm_(inner, down);
+      if (few)
+        add_product(dx, inner, operand(down), std::nullopt);
+      else
+        dx.addmm_(inner, down);
       auto shape = gradients[0].sizes().vec();
       shape.back() = weight.size(1);
       result[0] = dx.view(shape);
     }
-    const Tensor ddown = inner.t().mm(x);
+    const Tensor ddown = over_rows(inner, x.contiguous());
     int64_t row = 0;
     for (size_t i = 0; i < scales.size(); i++) {
       const Tensor &a = saved[5 + 2 * i], &b = saved[6 + 2 * i];
       const int64_t rank = a.size(0);
       result.push_back(ddown.narrow(0, row, rank).to(a.scalar_type()));
       // Of this layer's own rows and columns: the product of the others is not part of the sum.
-      const Tensor dup = g.narrow(1, starts[i], b.size(0)).t().mm(hidden.narrow(1, row, rank)).to(b.scalar_type());
-      result.push_back(scales[i] == 1 ? dup : dup * scales[i]);
+      const Tensor dup = over_rows(hidden.narrow(1, row, rank), g.narrow(1, starts[i], b.size(0))).t().to(b.scalar_type());
+      result.push_back((scales[i] == 1 ? dup : dup * scales[i]).contiguous());
       row += rank;
     }
     result.resize(result.size() + 6);

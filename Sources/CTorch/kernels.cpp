@@ -303,6 +303,19 @@ void bias(T *out, int64_t out_stride, const float *x, const float *bias, HeadSha
 }
 
 template <class T>
+void accumulate(T *out, int64_t out_stride, const float *x, const float *bias, HeadShape s) {
+  for (int64_t r = 0; r < s.rows; r++, x += s.size, out += out_stride) {
+    if (bias) {
+#pragma omp simd
+      for (int64_t i = 0; i < s.size; i++) out[i] = put<T>(get(out[i]) + (x[i] + bias[i]));
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < s.size; i++) out[i] = put<T>(get(out[i]) + x[i]);
+    }
+  }
+}
+
+template <class T>
 void transpose(T *out, int64_t padded, const T *x, HeadShape s) {
   for (int64_t c = 0; c < s.size; c++, out += padded) {
     for (int64_t r = 0; r < s.rows; r++) out[r] = x[r * s.size + c];
@@ -316,16 +329,16 @@ void transpose_float(float *out, const float *x, int64_t padded, HeadShape s) {
     for (int64_t c = 0; c < s.size; c++) out[c] = x[c * padded + r];
 }
 
-void pack(float *out, const float *x, HeadShape s, int64_t padded) {
-  __builtin_memcpy(out, x, size_t(s.rows * s.size) * sizeof(float));
+void pack(float *out, const float *x, int64_t stride, HeadShape s, int64_t padded) {
+  for (int64_t r = 0; r < s.rows; r++) __builtin_memcpy(out + r * s.size, x + r * stride, size_t(s.size) * sizeof(float));
   __builtin_memset(out + s.rows * s.size, 0, size_t((padded - s.rows) * s.size) * sizeof(float));
 }
-void pack(Bits *out, const Bits *x, HeadShape s, int64_t padded) {
+void pack(Bits *out, const Bits *x, int64_t stride, HeadShape s, int64_t padded) {
   uint32_t *pairs = reinterpret_cast<uint32_t *>(out);
-  for (int64_t r = 0; r < padded; r += 2, x += 2 * s.size, pairs += s.size) {
+  for (int64_t r = 0; r < padded; r += 2, x += 2 * stride, pairs += s.size) {
     if (r + 1 < s.rows) {
 #pragma omp simd
-      for (int64_t c = 0; c < s.size; c++) pairs[c] = uint32_t(x[c]) | uint32_t(x[s.size + c]) << 16;
+      for (int64_t c = 0; c < s.size; c++) pairs[c] = uint32_t(x[c]) | uint32_t(x[stride + c]) << 16;
     } else {
       for (int64_t c = 0; c < s.size; c++) pairs[c] = r < s.rows ? x[c] : 0;
     }
@@ -340,9 +353,9 @@ void pack_transposed(Bits *out, const Bits *x, HeadShape s, int64_t padded) {
 
 template <class T>
 constexpr Kernels<T> table() {
-  return {norm<T>,         norm_backward<T>,    gate<T>, gate_backward<T>, gelu<T>,  gelu_backward<T>, head<T>,
-          head_backward<T>, softmax<T>,          softmax_backward<T>, dot<T>, copy<T>, scale<T>, bias<T>,
-          transpose<T>,    transpose_float,     pack,    pack_transposed};
+  return {norm<T>,          norm_backward<T>, gate<T>,          gate_backward<T>,    gelu<T>, gelu_backward<T>, head<T>,
+          head_backward<T>, softmax<T>,       softmax_backward<T>, dot<T>,              copy<T>, scale<T>,         bias<T>,
+          accumulate<T>,    transpose<T>,     transpose_float,  pack,                pack_transposed};
 }
 
 }  // namespace

@@ -49,13 +49,15 @@ struct Kernels {
   void (*scale)(T *out, int64_t out_stride, const float *x, int64_t x_stride, const float *factor, HeadShape s);
   /* out = x + bias, one bias a column. */
   void (*bias)(T *out, int64_t out_stride, const float *x, const float *bias, HeadShape s);
+  /* out += x + bias, where there is one. */
+  void (*accumulate)(T *out, int64_t out_stride, const float *x, const float *bias, HeadShape s);
   /* out [size][padded] = xᵀ, 0 beyond `rows`. */
   void (*transpose)(T *out, int64_t padded, const T *x, HeadShape s);
   /* out [rows][size] = xᵀ of x [size][padded]. */
   void (*transpose_float)(float *out, const float *x, int64_t padded, HeadShape s);
   /* The right factor of a matrix product: x with zero rows up to `padded`, or its transpose with zero columns up to
      `padded`. For 16-bit numbers pairs of rows are interleaved, as brgemm wants them. */
-  void (*pack)(T *out, const T *x, HeadShape s, int64_t padded);
+  void (*pack)(T *out, const T *x, int64_t stride, HeadShape s, int64_t padded);
   void (*pack_transposed)(T *out, const T *x, HeadShape s, int64_t padded);
 };
 

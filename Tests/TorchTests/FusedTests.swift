@@ -285,12 +285,13 @@ struct PackedLinearTests {
     return (folder, registry, registry.group(linears), linears)
   }
 
-  /// 3e-3 forward: one rounding of 2⁻⁹, and one of x·Aᵀ. 8e-3 backward: g·B is rounded as well.
-  @Test("values and gradients, whatever the rows of a block", arguments: [1, 63, 64, 65, 700])
-  func products(_ rows: Int) throws {
-    let (folder, _, group, linears) = try group(in: 32)
+  /// 2⁻⁹ forward for each rounding: of the sum, of x·Aᵀ and, in layers wider than 1024, of the base's product before the
+  /// adapters' is added. 8e-3 backward: g·B is rounded as well.
+  @Test("values and gradients, whatever the rows of a block", arguments: [1, 63, 64, 65, 700], [32, 1056])
+  func products(_ rows: Int, _ size: Int) throws {
+    let (folder, _, group, linears) = try group(in: size)
     defer { withExtendedLifetime(folder) {} }
-    let x = try Grid(noise: rows, 32, seed: 50).tensor(.bfloat16)
+    let x = try Grid(noise: rows, size, seed: 50).tensor(.bfloat16)
     try x.setRequiresGrad(true)
     let y = try group(x)
     let reference = try x.detach().to(.float64).clone()
@@ -309,7 +310,7 @@ struct PackedLinearTests {
     }
     let expected = try Tensor.cat(parts, -1)
     let error = try relative(y, expected)
-    #expect(y.dtype == .bfloat16 && y.shape == expected.shape && error < 3e-3)
+    #expect(y.dtype == .bfloat16 && y.shape == expected.shape && error < (size > 1024 ? 6e-3 : 4e-3))
     let weights = try Grid(noise: rows, expected.size(1), seed: 51).tensor(.bfloat16)
     try (y * weights).sum().backward()
     try (expected * weights.to(.float64)).sum().backward()
