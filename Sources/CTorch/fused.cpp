@@ -667,6 +667,29 @@ Tensor product_over_rows(const Tensor &a, const Tensor &b) {
   return out;
 }
 
+/* x·Wᵀ + b for at most 64 rows of x: every weight is read once, as it lies. */
+Tensor product_of_few(const Tensor &x, const Tensor &weight, const std::optional<Tensor> &bias) {
+  const int64_t rows = x.size(0), k = x.size(1), n = weight.size(0), padded = (rows + 15) / 16 * 16;
+  const Tensor floats = bias ? bias->to(at::kFloat).contiguous() : Tensor();
+  Tensor out = at::empty({rows, n}, x.options()), turned = at::empty({k, padded}, x.options());
+  kernels<Bits>().pack_transposed(data<Bits>(turned), data<Bits>(x), {rows, k}, padded);
+  at::parallel_for(0, (n + row_block - 1) / row_block, 4, [&](int64_t begin, int64_t end) {
+    Arena arena(2 * size_t(row_block * padded) * sizeof(float) + 64);
+    float *block = arena.take<float>(row_block * padded), *lines = arena.take<float>(row_block * padded);
+    for (int64_t first = begin * row_block; first < std::min(end * row_block, n); first += row_block) {
+      const int64_t count = std::min(row_block, n - first);
+      multiply(count, padded, k, data<Bits>(weight) + first * k, k, data<Bits>(turned), block);
+      kernels<Bits>().transpose_float(lines, block, padded, {rows, count});
+      if (bias)
+        kernels<Bits>().bias(data<Bits>(out) + first, n, lines, data<float>(floats) + first, {rows, count});
+      else
+        kernels<Bits>().scale(data<Bits>(out) + first, n, lines, count, nullptr, {rows, count});
+    }
+    at::native::cpublas::brgemm_release();
+  });
+  return out;
+}
+
 /* Layers too wide to be laid out anew, and those of other devices and types: the base by libtorch, the adapters beside it. */
 struct AdaptedLinear : torch::autograd::Function<AdaptedLinear> {
   /* Whether the adapters' products, with one side of a few columns, are made by brgemm. */
@@ -682,8 +705,9 @@ struct AdaptedLinear : torch::autograd::Function<AdaptedLinear> {
     const Tensor rows = x.reshape({-1, shape.back()}), hidden = rows.mm(down.t());
     Tensor out;
     if (narrow(x, weight, down)) {
-      out = at::linear(rows, weight);
-      add_product(out, hidden, operand(up.t()), bias);
+      const bool few = rows.size(0) <= row_block && weight.is_contiguous();
+      out = few ? product_of_few(rows.contiguous(), weight, bias) : at::linear(rows, weight);
+      add_product(out, hidden, operand(up.t()), few ? std::nullopt : bias);
     } else {
       out = at::linear(rows, weight, bias);
       out.addmm_(hidden, up.t());
@@ -702,12 +726,13 @@ struct AdaptedLinear : torch::autograd::Function<AdaptedLinear> {
     const auto scales = ctx->saved_data["scales"].toDoubleVector();
     const auto starts = ctx->saved_data["starts"].toIntVector();
     const Tensor g = gradients[0].reshape({-1, weight.size(0)}).contiguous(), inner = g.mm(up);
-    const bool few = narrow(x, weight, down);
-    auto over_rows = [few](const Tensor &a, const Tensor &b) { return few ? product_over_rows(a, b) : a.t().mm(b); };
+    const bool thin = narrow(x, weight, down);
+    auto over_rows = [thin](const Tensor &a, const Tensor &b) { return thin ? product_over_rows(a, b) : a.t().mm(b); };
     variable_list result(1);
     if (ctx->needs_input_grad(0)) {
-      Tensor dx = g.mm(weight);
-      if (few)
+      const bool few = thin && g.size(0) <= row_block && weight.stride(1) == 1;
+      Tensor dx = few ? product_over_rows(g.t(), weight).to(g.scalar_type()) : g.mm(weight);
+      if (thin)
         add_product(dx, inner, operand(down), std::nullopt);
       else
         dx.addmm_(inner, down);
