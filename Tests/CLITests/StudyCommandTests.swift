@@ -146,7 +146,8 @@ struct StudyCommandTests {
     #expect(changed.err.contains("arm sequence, seed 3: "))
 
     try source.write(
-      Self.study.replacingOccurrences(of: "seeds:", with: "  new: [chunk.plan=step, optim.lr=3.0e-3]\nseeds:"), to: "more.yaml"
+      Self.study.replacingOccurrences(
+        of: "seeds:", with: "  new: [chunk.plan=step, optim.lr=3.0e-3]\nseeds:"), to: "more.yaml"
     )
     let dry = try Tool.run(["study", "more.yaml", "--dry-run", "--json"], in: source).json()
     let states = try #require(dry["runs"] as? [[String: Any]]).map { $0["state"] as? String }
