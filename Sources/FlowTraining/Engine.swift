@@ -63,6 +63,7 @@ public final class Engine {
     options.roundsTimeToDType = c.network.timeRounding == .model
     options.weights = QuantisedWeight(rawValue: c.network.weights.rawValue)
     options.checkpointing = c.network.checkpointing.segment
+    options.decodeDType = c.network.decodeDtype == .bfloat16 ? .bfloat16 : .float32
     options.passes = AutoencoderKL.Passes(rawValue: c.network.vae.rawValue)!
     return options
   }

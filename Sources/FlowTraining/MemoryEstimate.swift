@@ -102,7 +102,7 @@ public struct MemoryModel {
     standing = [
       .init(name: "transformer", bytes: weights),
       .init(
-        name: "autoencoder", bytes: autoencoder.modules.parameters.reduce(0) { $0 + $1.tensor.count } * 4),
+        name: "autoencoder", bytes: autoencoder.modules.parameters.reduce(0) { $0 + $1.tensor.count } * options.decodeDType.size),
       .init(name: "adapter", bytes: full ? 0 : 4 * trained),
       .init(name: "optimizer", bytes: c.optim.offload && device != .cpu ? 0 : moments),
       .init(name: "moving average", bytes: average),
@@ -120,7 +120,7 @@ public struct MemoryModel {
       blueprint: blueprint, options: options, configuration: c, targets: targets, layers: layers,
       textDType: conditionDType)
     (rolloutPass, updatePass) = try probe.lines(grid, textTokens, exact: explicit)
-    decodePass = try Self.decode(autoencoder)
+    decodePass = try Self.decode(autoencoder, options.decodeDType)
   }
 
   /// The estimate for `microBatch` rows a pass.
@@ -196,8 +196,8 @@ public struct MemoryModel {
   }
 
   /// bytes of a decoding pass by pixels.
-  private static func decode(_ autoencoder: AutoencoderKL) throws -> Line {
-    try autoencoder.modules.place(.float32, .cpu)
+  private static func decode(_ autoencoder: AutoencoderKL, _ dtype: DType) throws -> Line {
+    try autoencoder.place(dtype, .cpu)
     let passes = autoencoder.passes
     defer { autoencoder.passes = passes }
     autoencoder.passes = .plain
