@@ -102,7 +102,8 @@ public struct MemoryModel {
     standing = [
       .init(name: "transformer", bytes: weights),
       .init(
-        name: "autoencoder", bytes: autoencoder.modules.parameters.reduce(0) { $0 + $1.tensor.count } * options.decodeDType.size),
+        name: "autoencoder",
+        bytes: autoencoder.modules.parameters.reduce(0) { $0 + $1.tensor.count } * options.decodeDType.size),
       .init(name: "adapter", bytes: full ? 0 : 4 * trained),
       .init(name: "optimizer", bytes: c.optim.offload && device != .cpu ? 0 : moments),
       .init(name: "moving average", bytes: average),
