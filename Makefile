@@ -47,12 +47,12 @@ lib/libctorch.so: lib/torch.env $(ISAS:%=lib/kernels-%.o) $(wildcard Sources/CTo
 	@. lib/torch.env && start=$$SECONDS && \
 	printf 'build: lib/libctorch.so against torch %s … ' "$$TORCH_VERSION" && \
 	cuda=$$([ $$TORCH_CUDA = 0 ] || echo -ltorch_cuda -lc10_cuda) && \
-	for part in ctorch fused memory; do \
+	for part in ctorch fused convolution memory; do \
 	  $(CXX) -O2 -std=c++20 -fPIC -fvisibility=hidden -fopenmp -Wall -Wextra $(WERROR) $(CXXFLAGS) \
 	    -D_GLIBCXX_USE_CXX11_ABI=$$TORCH_CXX11_ABI -isystem "$$TORCH/include" \
 	    -isystem "$$TORCH/include/torch/csrc/api/include" -c Sources/CTorch/$$part.cpp -o lib/$$part.o & parts="$$parts $$!"; \
 	done; for part in $$parts; do wait $$part || exit 1; done; \
-	$(CXX) -shared $(CXXFLAGS) lib/ctorch.o lib/fused.o lib/memory.o $(ISAS:%=lib/kernels-%.o) \
+	$(CXX) -shared $(CXXFLAGS) lib/ctorch.o lib/fused.o lib/convolution.o lib/memory.o $(ISAS:%=lib/kernels-%.o) \
 	  -L"$$TORCH/lib" -Wl,-rpath,"$$TORCH/lib" -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10 $$cuda \
 	  $(LDFLAGS) -o $@.new && mv $@.new $@ && echo "$$((SECONDS - start)) s"
 

@@ -183,20 +183,24 @@ class Bench:
                 share, *shares, unit="of the GEMM peak", ratio=self.rows[-1]["ratio"], sustained=round(statistics.median(rates) / 1e9),
                 note=f"products sustained {statistics.median(rates) / 1e9:.0f} GFLOP/s in the same rounds; of their briefest best: {burst:.2f}")
 
-    def plain(self, name, kind, parameters, floor, variants, inputs=None, note=None):
-        """Decode and rewards: ours has one way to compute, the reference several."""
+    def plain(self, name, kind, parameters, cost, variants, inputs=None, note=None, dtypes=("float32",)):
+        """Decode and rewards; `cost`: a dtype's FLOPs and bytes."""
         with self.workers() as workers:
             file = str(self.scratch / f"{name}.safetensors")
             workers[1]("inputs", kind=kind, parameters=parameters | (inputs or {}), file=file)
             parameters = parameters | {"inputs": file}
-            errors = self.compare(workers, kind, ("float32",), parameters, parameters)
+            errors = self.compare(workers, kind, dtypes, parameters, parameters)
+            ours, own = self.best(workers[0], kind, {d: parameters | {"dtype": d} for d in dtypes}, 3)
             reference, times = self.best(workers[1], kind, {k: parameters | v for k, v in variants.items()}, 3)
-            workers[0]("setup", kind=kind, parameters=parameters)
             a, b, _ = self.alternate(workers)
+        if len(dtypes) > 1:
+            # Type against type: the fastest of a few runs each, attention as suits the reference.
+            text = lambda d: f"{d} {1e3 * own[d]:.1f} ms against {1e3 * min(t for v, t in times.items() if v.startswith(d)):.1f} ms"
+            note = ", ".join(map(text, dtypes))
         note = {"note": note} if note else {}
         self.add(
-            name, seconds(a), seconds(b), floor, ours_variant="float32", reference_variant=reference, reference_seconds=times,
-            errors=errors, **note)
+            name, seconds(a), seconds(b), self.floor(*cost(ours), ours), ours_variant=ours, ours_seconds=own, reference_variant=reference,
+            reference_seconds=times, errors=errors, **note)
 
     def configuration(self, **sections):
         """A configuration file of one prompt on FLUX-mini; JSON is YAML."""
@@ -382,16 +386,16 @@ def tiny(model, family, grid, text_tokens, train=None):
 def decode(bench, name):
     vae = MINI / "vae"
     config = json.loads((vae / "config.json").read_text())
-    floor = bench.floor(*decoder_cost(config, 24, 16, 16), "float32")
+    cost = lambda dtype: decoder_cost(config, 24, 16, 16, dtype)
     variants = {f"{d} {a}": {"dtype": d, "attention": a} for d, a in VARIANTS}
-    bench.plain(name, "decode", {"folder": str(vae)}, floor, variants, {"batch": 24, "size": [16, 16]})
+    bench.plain(name, "decode", {"folder": str(vae)}, cost, variants, {"batch": 24, "size": [16, 16]}, dtypes=("float32", "bfloat16"))
 
 
 def reward(kind):
     def row(bench, name):
         parameters = {"name": kind, "prompts": str(ROOT / "Data/prompts.jsonl"), "sprites": str(ROOT / "Data/sprites.safetensors")}
-        floor = bench.floor(0, 24 * 3 * 64 * 64 * 4, "float32")
-        bench.plain(name, "reward", parameters, floor, {"plain": {}}, {"batch": 24}, note="floor: pixels read once")
+        cost = lambda dtype: (0, 24 * 3 * 64 * 64 * 4)
+        bench.plain(name, "reward", parameters, cost, {"plain": {}}, {"batch": 24}, note="floor: pixels read once")
     return row
 
 

@@ -69,8 +69,11 @@ def network_cost(config, family, batch, grid, text_tokens, train, dtype, rank=16
     return flops, size * (2 * weights + 5 * outputs) + 4 * 3 * factors
 
 
-def decoder_cost(c, batch, height, width):
-    """FLOPs and bytes of an autoencoder's decoder on latents [batch, C, height, width], in float32."""
+def decoder_cost(c, batch, height, width, dtype="float32"):
+    """FLOPs and bytes of an autoencoder's decoder on latents [batch, C, height, width].
+
+    After nearest-neighbour upsampling 3 × 3 weights of a pixel read 2 × 2 different ones, which is all that is counted.
+    """
     sizes = c["block_out_channels"][::-1]
     flops, weights, outputs = 0, 0, 0
 
@@ -99,6 +102,6 @@ def decoder_cost(c, batch, height, width):
             before = size
         if level < len(sizes) - 1:
             pixels *= 4
-            conv(size, size, pixels)
+            conv(size, size, pixels, 2)
     conv(before, c["out_channels"], pixels)
-    return flops, 4 * (weights + 2 * outputs)
+    return flops, SIZE[dtype] * (weights + 2 * outputs)

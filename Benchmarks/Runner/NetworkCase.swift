@@ -95,7 +95,8 @@ final class DecodeCase: Case {
   private let latents: Tensor
 
   init(_ p: Parameters) throws {
-    autoencoder = try AutoencoderKL(folder: URL(filePath: try need(p.folder, "folder")))
+    autoencoder = try AutoencoderKL(
+      folder: URL(filePath: try need(p.folder, "folder")), dtype: try p.dtype.map(dtype) ?? .float32)
     latents = try Inputs(p.inputs)("latents")
   }
   func run() throws -> [String: Double] {

@@ -1,6 +1,7 @@
 // The C ABI of ctorch.h. Built by the Makefile against the chosen libtorch into lib/libctorch.so.
 #include "ctorch.h"
 
+#include "convolution.h"
 #include "fused.h"
 #include "memory.h"
 
@@ -767,6 +768,16 @@ int32_t ctorch_packed_trained_linear(ctorch_tensor *out, ctorch_tensor x, const 
     }
     *out = wrap(chunkgrpo::packed_linear(unwrap(x), {part(0), part(1), part(2), part(3), part(4)}, leaves,
                                          std::vector<int64_t>(starts, starts + count)));
+  });
+}
+int32_t ctorch_pack_convolution(ctorch_tensor *out, ctorch_tensor weight, bool doubled) {
+  return guarded([&] { *out = wrap(chunkgrpo::pack_convolution(unwrap(weight), doubled)); });
+}
+int32_t ctorch_convolution(ctorch_tensor *out, ctorch_tensor x, ctorch_tensor packed, ctorch_tensor bias, int64_t channels,
+                           int64_t groups, ctorch_tensor gain, ctorch_tensor offset, double eps, ctorch_tensor addend) {
+  return guarded([&] {
+    *out = wrap(chunkgrpo::convolution(unwrap(x), unwrap(packed), optional(bias), channels,
+                                       {groups, optional(gain), optional(offset), eps}, optional(addend)));
   });
 }
 int64_t ctorch_version(ctorch_tensor t) { return int64_t(unwrap(t)._version()); }

@@ -19,7 +19,7 @@ extern "C" {
 #define CTORCH_API __attribute__((visibility("default")))
 
 /* Raised whenever a signature below changes; the Swift side refuses a library with another number. */
-#define CTORCH_ABI_VERSION 4
+#define CTORCH_ABI_VERSION 5
 
 typedef struct ctorch_tensor_opaque *ctorch_tensor;
 
@@ -212,6 +212,14 @@ CTORCH_API int32_t ctorch_packed_linear(ctorch_tensor *out, ctorch_tensor x, con
 CTORCH_API int32_t ctorch_packed_trained_linear(ctorch_tensor *out, ctorch_tensor x, const ctorch_tensor *packed,
                                                 const ctorch_tensor *weights, const ctorch_tensor *biases,
                                                 const int64_t *starts, int32_t count);
+/* Lays the weight [O, C, k, k] of a convolution of stride 1 and padding k / 2 out for ctorch_convolution; k is 1 or 3, C
+ * even, the weight float32 or bfloat16. `doubled` (k = 3): for inputs whose sides nearest-neighbour upsampling doubles. */
+CTORCH_API int32_t ctorch_pack_convolution(ctorch_tensor *out, ctorch_tensor weight, bool doubled);
+/* conv(silu(group_norm(x))) + bias + addend of x [B, C, H, W] from such a layout, without gradients; groups 0: no norm
+ * and no SiLU. The result is channels-last, and so is best x. bias, gain, offset and addend may be NULL. */
+CTORCH_API int32_t ctorch_convolution(ctorch_tensor *out, ctorch_tensor x, ctorch_tensor packed, ctorch_tensor bias,
+                                      int64_t channels, int64_t groups, ctorch_tensor gain, ctorch_tensor offset,
+                                      double eps, ctorch_tensor addend);
 /* Grows with every change in place. */
 CTORCH_API int64_t ctorch_version(ctorch_tensor tensor);
 

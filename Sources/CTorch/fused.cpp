@@ -1,14 +1,12 @@
 // See fused.h. Tasks depend on shapes alone, never on the number of threads: equal inputs give equal bits.
 #include "fused.h"
 
-#include "kernels.h"
+#include "tasks.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/native/CPUBlas.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <cmath>
-#include <memory>
 #include <type_traits>
 
 namespace chunkgrpo {
@@ -42,21 +40,14 @@ const Kernels<T> &kernels() {
 }
 #endif
 
+template const Kernels<float> &kernels<float>();
+template const Kernels<uint16_t> &kernels<uint16_t>();
+
 namespace {
 
 using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-using Bits = uint16_t;
-
-template <class T>
-T *data(const Tensor &t) {
-  return static_cast<T *>(t.data_ptr());
-}
-template <class F>
-auto dispatch(const Tensor &x, F &&body) {
-  return x.scalar_type() == at::kFloat ? body(float()) : body(Bits());
-}
 
 /* [B, S, D] cut into tasks of whole rows: a sample each where there are many, else blocks of 32 rows. */
 struct Rows {
@@ -164,36 +155,6 @@ struct GatedAdd : torch::autograd::Function<GatedAdd> {
       });
     });
     return {gradients[0], dgate.sum(1, true).to(y.scalar_type()), dy};
-  }
-};
-
-void multiply(int64_t m, int64_t n, int64_t k, const float *a, int64_t lda, const float *b, int64_t ldb, float *c,
-              int64_t ldc, bool add) {
-  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, false);
-}
-void multiply(int64_t m, int64_t n, int64_t k, const Bits *a, int64_t lda, const Bits *b, int64_t ldb, float *c,
-              int64_t ldc, bool add) {
-  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, reinterpret_cast<const at::BFloat16 *>(a),
-                              reinterpret_cast<const at::BFloat16 *>(b), c, true);
-}
-/* c [m, n] = a·b. */
-template <class T>
-void multiply(int64_t m, int64_t n, int64_t k, const T *a, int64_t lda, const T *b, float *c) {
-  multiply(m, n, k, a, lda, b, n, c, n, false);
-}
-
-/* Memory of one task, cut into aligned pieces. */
-struct Arena {
-  std::unique_ptr<char[]> memory;
-  char *next;
-  explicit Arena(size_t bytes) : memory(new char[bytes + 64]), next(memory.get()) {
-    next += (64 - reinterpret_cast<uintptr_t>(next) % 64) % 64;
-  }
-  template <class T>
-  T *take(int64_t count) {
-    T *p = reinterpret_cast<T *>(next);
-    next += (size_t(count) * sizeof(T) + 63) / 64 * 64;
-    return p;
   }
 };
 

@@ -162,6 +162,7 @@ struct Constant {
 template <class F>
 inline void sized(int64_t size, F &&body) {
   switch (size) {
+    case 16: return body(Constant<16>());
     case 32: return body(Constant<32>());
     case 64: return body(Constant<64>());
     case 128: return body(Constant<128>());
@@ -352,10 +353,56 @@ void pack_transposed(Bits *out, const Bits *x, HeadShape s, int64_t padded) {
 }
 
 template <class T>
+void column_moments(float *__restrict mean, float *__restrict squares, const T *x, HeadShape s) {
+  sized(s.size, [=](auto size) mutable {
+    for (int64_t i = 0; i < size; i++) mean[i] = squares[i] = 0;
+    for (int64_t r = 0; r < s.rows; r++)
+#pragma omp simd
+      for (int64_t i = 0; i < size; i++) mean[i] += get(x[r * size + i]);
+    for (int64_t i = 0; i < size; i++) mean[i] /= float(s.rows);
+    for (int64_t r = 0; r < s.rows; r++)
+#pragma omp simd
+      for (int64_t i = 0; i < size; i++) {
+        float d = get(x[r * size + i]) - mean[i];
+        squares[i] += d * d;
+      }
+  });
+}
+
+template <class T>
+void affine_silu(T *__restrict out, const T *x, const float *__restrict factor, const float *__restrict addend,
+                 HeadShape s) {
+  sized(s.size, [=](auto size) mutable {
+    for (int64_t r = 0; r < s.rows; r++, x += size, out += size)
+#pragma omp simd
+      for (int64_t i = 0; i < size; i++) {
+        float v = get(x[i]) * factor[i] + addend[i];
+        out[i] = put<T>(v / (1.0f + exponential(v > -87.0f ? -v : 87.0f)));
+      }
+  });
+}
+
+template <class T>
+void add(T *out, int64_t out_stride, const float *x, int64_t x_stride, const T *addend, HeadShape s) {
+  sized(s.size, [=](auto size) mutable {
+    for (int64_t r = 0; r < s.rows; r++, x += x_stride, out += out_stride) {
+      const T *y = addend ? addend + r * out_stride : nullptr;
+#pragma omp simd
+      for (int64_t i = 0; i < size; i++) out[i] = put<T>(y ? x[i] + get(y[i]) : x[i]);
+    }
+  });
+}
+
+void fill(float *out, const float *row, HeadShape s) {
+  for (int64_t r = 0; r < s.rows; r++, out += s.size) __builtin_memcpy(out, row, size_t(s.size) * sizeof(float));
+}
+
+template <class T>
 constexpr Kernels<T> table() {
   return {norm<T>,          norm_backward<T>, gate<T>,          gate_backward<T>,    gelu<T>, gelu_backward<T>, head<T>,
           head_backward<T>, softmax<T>,       softmax_backward<T>, dot<T>,              copy<T>, scale<T>,         bias<T>,
-          accumulate<T>,    transpose<T>,     transpose_float,  pack,                pack_transposed};
+          accumulate<T>,    transpose<T>,     transpose_float,  pack,                pack_transposed,
+          column_moments<T>, affine_silu<T>,  add<T>,           fill};
 }
 
 }  // namespace

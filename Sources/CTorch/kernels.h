@@ -59,6 +59,14 @@ struct Kernels {
      `padded`. For 16-bit numbers pairs of rows are interleaved, as brgemm wants them. */
   void (*pack)(T *out, const T *x, int64_t stride, HeadShape s, int64_t padded);
   void (*pack_transposed)(T *out, const T *x, HeadShape s, int64_t padded);
+  /* Of every column: its mean, and the sum of squared distances from it. */
+  void (*moments)(float *mean, float *squares, const T *x, HeadShape s);
+  /* silu(x·factor + addend), one factor and addend a column. */
+  void (*affine_silu)(T *out, const T *x, const float *factor, const float *addend, HeadShape s);
+  /* out = x + addend (null: none); out and addend have the same stride. */
+  void (*add)(T *out, int64_t out_stride, const float *x, int64_t x_stride, const T *addend, HeadShape s);
+  /* Every row of out is `row`. */
+  void (*fill)(float *out, const float *row, HeadShape s);
 };
 
 /* For this machine. */

@@ -48,6 +48,9 @@ public final class AutoencoderKL {
   /// equal. Initially `sample_size` of config.json.
   public var tileSize: Int
 
+  /// What it computes in: encode and decode take tensors of it. Norms, sums and what they are rounded from are float32.
+  public private(set) var dtype = DType.float32
+
   /// Pixels a latent cell covers along each side.
   public var downscale: Int { 1 << (config.blockOutChannels.count - 1) }
   private let encoder: Encoder
@@ -59,6 +62,13 @@ public final class AutoencoderKL {
     let config = try ModelFolder.decode(Config.self, folder.appending(path: "config.json"))
     try self.init(
       config: config, checkpoint: try Checkpoint(folder: folder, dtype: dtype, device: device))
+    try place(dtype, device)
+  }
+
+  /// Moves all parameters to `dtype` and `device`.
+  public func place(_ dtype: DType, _ device: Device) throws(TorchError) {
+    try modules.place(dtype, device)
+    self.dtype = dtype
   }
 
   /// Builds the autoencoder and takes every parameter of `checkpoint`; any key that does not fit is an error.
@@ -162,10 +172,10 @@ public final class AutoencoderKL {
     let start = try end + b.narrow(dim, 0, extent) * weights { $0 }
     return try Tensor.cat([start, b.narrow(dim, extent, b.size(dim) - extent)], dim)
   }
-  /// Latents as the flow model has them → images in 0 … 1.
+  /// Latents as the flow model has them → images in 0 … 1, float32 both, whatever ``dtype`` lies between.
   public func images(_ latents: Tensor) throws(TorchError) -> Tensor {
     let z = try latents / (config.scalingFactor ?? 1) + (config.shiftFactor ?? 0)
-    return try (try decode(z) * 0.5 + 0.5).clamp(0, 1)
+    return try (try decode(try z.to(dtype)).to(.float32) * 0.5 + 0.5).clamp(0, 1)
   }
 
   private struct ResNet {
@@ -180,8 +190,7 @@ public final class AutoencoderKL {
       shortcut = inSize == outSize ? nil : try Conv2d(inSize, outSize, kernel: 1, p / "conv_shortcut", r)
     }
     func callAsFunction(_ x: Tensor) throws(TorchError) -> Tensor {
-      let hidden = try conv2(norm2(conv1(norm1(x).silu())).silu())
-      return try (try shortcut?(x) ?? x) + hidden
+      try conv2(try conv1(x, norm: norm1), norm: norm2, adding: try shortcut?(x) ?? x)
     }
   }
 
@@ -251,7 +260,7 @@ public final class AutoencoderKL {
         // Padding on the right and below only, as the reference's strided convolution.
         if let down { x = try down(try x.pad([0, 1, 0, 1])) }
       }
-      return try convOut(norm(try middle(x)).silu())
+      return try convOut(try middle(x), norm: norm)
     }
   }
 
@@ -284,9 +293,9 @@ public final class AutoencoderKL {
       var x = try middle(try convIn(latents))
       for (resnets, up) in levels {
         for resnet in resnets { x = try resnet(x) }
-        if let up { x = try up(try x.upsampleNearest(2)) }
+        if let up { x = try up(x, upsampled: true) }
       }
-      return try convOut(norm(x).silu())
+      return try convOut(x, norm: norm)
     }
   }
 }

@@ -117,6 +117,8 @@ public struct PipelineOptions: Sendable {
   public var checkpointing: Int?
   /// How the autoencoder goes through a batch.
   public var passes = AutoencoderKL.Passes.auto
+  /// What the autoencoder computes in.
+  public var decodeDType = DType.float32
   /// Whether a FLUX transformer multiplies t and guidance by 1000 in its own dtype, as diffusers does.
   public var roundsTimeToDType = false
   /// The defaults: float32 on the CPU.
@@ -210,9 +212,10 @@ public enum ImagePipelines {
 }
 
 extension ModelFolder {
-  /// The autoencoder, in float32.
+  /// The autoencoder.
   func autoencoder(_ options: PipelineOptions) throws -> AutoencoderKL {
-    let autoencoder = try AutoencoderKL(folder: part("vae"), device: options.device)
+    let autoencoder = try AutoencoderKL(
+      folder: part("vae"), dtype: options.decodeDType, device: options.device)
     autoencoder.passes = options.passes
     return autoencoder
   }

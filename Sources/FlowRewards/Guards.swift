@@ -19,44 +19,50 @@ public struct GuardValues: Codable, Sendable, Equatable {
     self.vivid = vivid
   }
 
-  /// Measures groups of images of one prompt each.
+  /// Measures groups of images of one prompt each, one group after the other: beside the images there is memory for one.
   ///
   /// - Parameters:
   ///   - images: [B, 3, H, W] in 0…1, group after group.
   ///   - groupSize: images a group, at least 2, dividing B.
+  ///   - blackens: whether pixels that are not finite count as black; else they are an error.
   /// - Throws: ``RewardError`` for other shapes or groups and for pixels that are not finite.
-  public static func measure(_ images: Tensor, groupSize: Int) throws -> GuardValues {
+  public static func measure(_ images: Tensor, groupSize: Int, blackens: Bool = false) throws -> GuardValues {
     try checkImages(images, for: "guards", prompts: nil)
     let total = images.size(0)
     guard groupSize >= 2, total > 0, total % groupSize == 0 else {
       throw RewardError.badGroups(images: total, groupSize: groupSize)
     }
-    let broken = try finiteImages(images).filter { !$0 }.count
-    guard broken == 0 else { throw RewardError.notFinite(images: broken, of: total) }
-    return try withoutGrad {
-      let x = try images.to(.float32)
-      let darkest = try x.amin([1])  // [B, H, W]
-      return GuardValues(
-        blank: try mean(darkest.amin([1, 2]).floats().map { $0 > 0.97 ? 1 : 0 }),
-        diversity: try diversity(x, groupSize: groupSize),
-        ink: try mean(darkest.mean([1, 2]).doubles().map { 1 - $0 }),
-        vivid: try mean(Vivid.values(x)))
-    }
-  }
-
-  /// Mean over groups of the mean pairwise RMS difference, taken directly: the cancellation in a Gram matrix
-  /// would hide the small differences that a collapse ends in.
-  private static func diversity(_ images: Tensor, groupSize: Int) throws -> Double {
-    var sum = 0.0
-    for start in stride(from: 0, to: images.size(0), by: groupSize) {
-      let group = try images[start..<start + groupSize]
-      for shift in 1..<groupSize {
-        let difference = try group[shift..<groupSize] - group[0..<groupSize - shift]
-        sum += try difference.square().mean([1, 2, 3]).doubles().reduce(0) { $0 + $1.squareRoot() }
+    var (blank, ink, vivid, broken) = ([Double](), [Double](), [Double](), 0)
+    var diversity = 0.0
+    try withoutGrad {
+      for start in stride(from: 0, to: total, by: groupSize) {
+        var group = try images[start..<start + groupSize].to(.float32)
+        if blackens {
+          group = try group.isFinite().select(group, else: try Tensor.zeros(like: group))
+        } else {
+          broken += try finiteImages(group).count { !$0 }
+        }
+        let darkest = try group.amin([1])  // [B, H, W]
+        blank += try darkest.amin([1, 2]).floats().map { $0 > 0.97 ? 1 : 0 }
+        ink += try darkest.mean([1, 2]).doubles().map { 1 - $0 }
+        vivid += try Vivid.values(group)
+        diversity += try self.diversity(group)
       }
     }
+    guard broken == 0 else { throw RewardError.notFinite(images: broken, of: total) }
     // Every group has as many pairs, so the mean over all pairs is the mean of the groups' means.
-    return sum / (Double(images.size(0)) * Double(groupSize - 1) / 2)
+    let pairs = Double(total) * Double(groupSize - 1) / 2
+    return GuardValues(blank: mean(blank), diversity: diversity / pairs, ink: mean(ink), vivid: mean(vivid))
+  }
+
+  /// Sum over pairs of a group's images of their RMS difference, taken directly: the cancellation in a Gram matrix would
+  /// hide the small differences that a collapse ends in.
+  private static func diversity(_ group: Tensor) throws -> Double {
+    let size = group.size(0)
+    return try (1..<size).reduce(0) { sum, shift in
+      let difference = try group[shift..<size] - group[0..<size - shift]
+      return sum + (try difference.square().mean([1, 2, 3]).doubles().reduce(0) { $0 + $1.squareRoot() })
+    }
   }
 
   /// What has collapsed since `base` was measured, each with its number and bound; empty if nothing has.

@@ -63,6 +63,7 @@ public final class Engine {
     options.roundsTimeToDType = c.network.timeRounding == .model
     options.weights = QuantisedWeight(rawValue: c.network.weights.rawValue)
     options.checkpointing = c.network.checkpointing.segment
+    options.decodeDType = c.network.decodeDtype == .bfloat16 ? .bfloat16 : .float32
     options.passes = AutoencoderKL.Passes(rawValue: c.network.vae.rawValue)!
     return options
   }
@@ -162,7 +163,18 @@ struct RewardSet {
   /// One list a reward; nil where a score is not valid.
   func score(_ images: Tensor, _ prompts: [Prompt]) throws -> [[Double?]] {
     let described = prompts.map(RewardPrompt.init)
-    return try rewards.map { try $0.reward.scores(images, prompts: described).map(\.value) }
+    return try rewards.map { entry in
+      var values: [Double?] = []
+      for range in Self.slices(described.count, height: images.size(2), width: images.size(3)) {
+        values += try entry.reward.scores(images[range], prompts: Array(described[range])).map(\.value)
+      }
+      return values
+    }
+  }
+  /// Images judged together: rewards hold several times what they see.
+  static func slices(_ count: Int, height: Int, width: Int) -> [Range<Int>] {
+    let size = max(1, (1 << 24) / (height * width))
+    return stride(from: 0, to: count, by: size).map { $0..<min($0 + size, count) }
   }
 }
 

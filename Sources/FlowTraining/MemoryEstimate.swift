@@ -1,5 +1,6 @@
 import ChunkGRPO
 import FlowModels
+import FlowRewards
 import Foundation
 import Torch
 import TorchNN
@@ -40,6 +41,7 @@ public struct MemoryModel {
   private let snapshot: Int
   private let rolloutPass, updatePass: Line
   private let decodePass: Line
+  private let judging: Int
   private let autoencoder: AutoencoderKL
 
   /// Measures; takes a second for small models and some ten for FLUX.1.
@@ -102,7 +104,8 @@ public struct MemoryModel {
     standing = [
       .init(name: "transformer", bytes: weights),
       .init(
-        name: "autoencoder", bytes: autoencoder.modules.parameters.reduce(0) { $0 + $1.tensor.count } * 4),
+        name: "autoencoder",
+        bytes: autoencoder.modules.parameters.reduce(0) { $0 + $1.tensor.count } * options.decodeDType.size),
       .init(name: "adapter", bytes: full ? 0 : 4 * trained),
       .init(name: "optimizer", bytes: c.optim.offload && device != .cpu ? 0 : moments),
       .init(name: "moving average", bytes: average),
@@ -120,7 +123,8 @@ public struct MemoryModel {
       blueprint: blueprint, options: options, configuration: c, targets: targets, layers: layers,
       textDType: conditionDType)
     (rolloutPass, updatePass) = try probe.lines(grid, textTokens, exact: explicit)
-    decodePass = try Self.decode(autoencoder)
+    decodePass = try Self.decode(autoencoder, options.decodeDType)
+    judging = try Self.judge(c)
   }
 
   /// The estimate for `microBatch` rows a pass.
@@ -144,6 +148,7 @@ public struct MemoryModel {
         .init(
           name: "sampling", bytes: trajectories + samples * latents + 4 * rows * latents + rolloutPass(rows)),
         .init(name: "decoding", bytes: trajectories + samples * pixels + decodePass(together)),
+        .init(name: "rewards", bytes: trajectories + samples * pixels + judging),
         .init(name: "updating", bytes: trajectories + snapshot + 4 * rows * latents + updatePass(rows)),
       ])
   }
@@ -195,9 +200,23 @@ public struct MemoryModel {
     return (c, estimate)
   }
 
+  /// Bytes of what judges images beside them: the rewards a slice at a time, or the guards a group at a time.
+  private static func judge(_ c: Configuration) throws -> Int {
+    let (height, width) = (c.sampling.height, c.sampling.width)
+    let pair = try Tensor.zeros([2, 3, height, width], device: .cpu)
+    let prompts = try PromptFile(file: URL(filePath: c.prompts.file), split: c.prompts.split).prompts
+    let prompt = prompts.first { $0.include.isEmpty } ?? prompts[0]
+    let rewards = try RewardSet(c.rewards)
+    func bytes(_ body: () throws -> Void) throws -> Int { try TorchRuntime.peakAllocation(body).bytes / 2 }
+    let reward = try bytes { _ = try rewards.score(pair, [prompt, prompt]) }
+    let guards = try bytes { _ = try GuardValues.measure(pair, groupSize: 2, blackens: true) }
+    let slice = RewardSet.slices(c.samplesPerIteration, height: height, width: width)[0].count
+    return max(slice * reward, c.group.size * guards)
+  }
+
   /// bytes of a decoding pass by pixels.
-  private static func decode(_ autoencoder: AutoencoderKL) throws -> Line {
-    try autoencoder.modules.place(.float32, .cpu)
+  private static func decode(_ autoencoder: AutoencoderKL, _ dtype: DType) throws -> Line {
+    try autoencoder.place(dtype, .cpu)
     let passes = autoencoder.passes
     defer { autoencoder.passes = passes }
     autoencoder.passes = .plain

@@ -200,8 +200,8 @@ public final class Trainer {
     let scored = try clock.time("reward") {
       let scores = try rewards.score(images, batch.map(\.prompt))
       // An image with NaN has no score and masks its sample; the guards see it as black.
-      let finite = try images.isFinite().select(images, else: try Tensor.zeros(like: images))
-      record(try GuardValues.measure(finite, groupSize: configuration.group.size), "guards/", &row)
+      let guards = try GuardValues.measure(images, groupSize: configuration.group.size, blackens: true)
+      record(guards, "guards/", &row)
       return scores
     }
     let advantages = try advantages(scored, &row)

@@ -140,6 +140,40 @@ extension Tensor {
     }
   }
 
+  /// A weight [O, C, k, k] laid out for ``convolution(_:_:norm:adding:)``.
+  public struct PackedConvolution {
+    let layout: Tensor
+    let channels: Int
+  }
+
+  /// Lays `self` [O, C, k, k] out for convolutions of stride 1 and padding k/2: k is 1 or 3, C even.
+  ///
+  /// - Parameter upsampled: (k = 3) the input's sides are doubled by nearest-neighbour upsampling first: each pixel of
+  ///   four then has 2 × 2 weights of its own, sums of these.
+  public func packedConvolution(upsampled: Bool = false) throws(TorchError) -> PackedConvolution {
+    let layout = try produce("packedConvolution", [self]) { ctorch_pack_convolution($0, handle, upsampled) }
+    return PackedConvolution(layout: layout, channels: size(0))
+  }
+
+  /// `conv(silu(groupNorm(self))) + addend` in one pass, on the CPU and without gradients; all arithmetic but that of
+  /// bfloat16 products' factors is float32.
+  ///
+  /// - Parameters:
+  ///   - packed: of self's dtype; `bias` [O].
+  ///   - norm: groups, gain and bias [C]; nil for neither norm nor SiLU.
+  ///   - addend: of the result's shape and dtype.
+  /// - Returns: [B, O, H, W], or [B, O, 2·H, 2·W], with channels last in memory, as is best for self.
+  public func convolution(
+    _ packed: PackedConvolution, _ bias: Tensor?,
+    norm: (groups: Int, weight: Tensor?, bias: Tensor?, eps: Double)? = nil, adding addend: Tensor? = nil
+  ) throws(TorchError) -> Tensor {
+    try produce("convolution", [self, packed.layout, bias, norm?.weight, norm?.bias, addend]) {
+      ctorch_convolution(
+        $0, handle, packed.layout.handle, bias?.handle, Int64(packed.channels), Int64(norm?.groups ?? 0),
+        norm?.weight?.handle, norm?.bias?.handle, norm?.eps ?? 0, addend?.handle)
+    }
+  }
+
   /// Grows with every change in place: equal versions of one tensor hold equal values.
   public var version: Int { Int(ctorch_version(handle)) }
 }

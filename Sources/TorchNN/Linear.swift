@@ -62,13 +62,8 @@ public final class Linear {
   }
 }
 
-/// Operands of a product with frozen weights, and what they were made from.
-private final class PreparedProduct {
-  enum Form {
-    case plain
-    case adapted(down: Tensor, up: Tensor)
-    case packed(Tensor.PackedLinear)
-  }
+/// What is made of tensors, kept while they stay as they are.
+final class Prepared<Form> {
   private var kept: (form: Form, sources: [Tensor], versions: [Int], dtype: DType)?
 
   /// The form made of `sources` for products in `dtype`: the kept one while they are the same tensors unchanged.
@@ -90,6 +85,14 @@ private final class PreparedProduct {
 
   func forget() { kept = nil }
 }
+
+/// Operands of a product with frozen weights.
+private enum ProductForm {
+  case plain
+  case adapted(down: Tensor, up: Tensor)
+  case packed(Tensor.PackedLinear)
+}
+private typealias PreparedProduct = Prepared<ProductForm>
 
 /// Linear layers with one input, evaluated as one matrix product.
 public final class LinearGroup {
@@ -178,7 +181,7 @@ public final class LinearGroup {
   /// What frozen layers multiply by, made anew only when an optimizer step has changed the adapters.
   private func prepare(
     _ adapters: [Tensor.Adapter], _ weight: Tensor, _ bias: Tensor?, _ x: Tensor
-  ) throws(TorchError) -> PreparedProduct.Form {
+  ) throws(TorchError) -> ProductForm {
     try prepared.form([weight] + adapters.flatMap { [$0.down, $0.up] }, x.dtype) { () throws(TorchError) in
       try withoutGrad { () throws(TorchError) in
         let factors = adapters.isEmpty ? nil : try joined(x)

@@ -44,6 +44,17 @@ struct AutoencoderKLTests {
     }
   }
 
+  // Some 30 roundings of 2⁻⁹ one after the other, a third of that each on average: √30 · 2⁻⁹/3 = 0.004, four times that.
+  @Test("bfloat16 between float32 latents and images")
+  func bfloat16() throws {
+    let z = try Fixtures.normals([3, 16, 4, 6], "z")
+    let half = try AutoencoderKL(folder: Fixtures.tiny.appending(path: "vae"), dtype: .bfloat16)
+    let (got, expected) = try withoutGrad { (try half.images(z), try autoencoder().images(z)) }
+    #expect(half.dtype == .bfloat16 && got.dtype == .float32 && got.shape == [3, 3, 32, 48])
+    let error = try ((got - expected).square().sum() / expected.square().sum()).sqrt().item()
+    #expect(error > 1e-4 && error < 1.5e-2)
+  }
+
   @Test("by itself: whole batches while they are small, then images, tiles above 1024 × 1024")
   func policy() throws {
     let vae = try autoencoder()

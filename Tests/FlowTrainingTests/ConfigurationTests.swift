@@ -42,7 +42,7 @@ struct ConfigurationTests {
     trainable: {kind: lora, rank: 16, alpha: 32, targets: [to_q, to_k, to_v, to_out.0]}   # or {kind: full}
     ema: {decay: 0}
     network: {dtype: auto, timeRounding: float32, attention: auto, checkpointing: none, \
-    weights: model, vae: auto}
+    weights: model, vae: auto, decodeDtype: float32}
     run: {iterations: 50, checkpointEvery: 5, keep: 2, samplesEvery: 5, evaluateEvery: 10}
     """
 
@@ -65,7 +65,7 @@ struct ConfigurationTests {
     trainable: {kind: full, rank: 4, alpha: 0.5, targets: "größe 🙂"}
     ema: {decay: 0.999}
     network: {dtype: bfloat16, timeRounding: model, attention: math, checkpointing: "every:4", memory: 24GB, weights: fp8, \
-    vae: tiled}
+    vae: tiled, decodeDtype: bfloat16}
     run: {iterations: 3, checkpointEvery: 1, keep: 9, samplesEvery: 0, evaluateEvery: 0, stopReward: hpsv3, stopAbove: 0.5}
     """
 

@@ -81,6 +81,32 @@ struct MemoryBenchmark {
     }
   }
 
+  @Test("what decoding in bfloat16 moves on flux-mini: pixels, rewards")
+  func decoding() throws {
+    let prompts = try PromptFile(file: root.appending(path: "Data/prompts.jsonl"), split: "test").prompts
+    let few = Array(prompts.prefix(48))
+    let rewards = try RewardSet([.init(name: "vivid"), .init(name: "scenes", score: "graded")])
+    var found: [(images: Tensor, scores: [[Double]])] = []
+    for dtype in Configuration.Network.DecodeDType.allCases {
+      var c = configuration(.bfloat16)
+      c.network.decodeDtype = dtype
+      let images = try Engine(c).draw(few.map(\.text), count: 1, steps: 17, seed: 1)
+      found.append((images, try rewards.score(images, few).map { $0.map { $0 ?? 0 } }))
+    }
+    let levels = try (found[1].images - found[0].images).abs() * 255
+    print(
+      String(
+        format: "pixels: mean %.3f, at most %.1f of 255", try levels.mean().item(), try levels.amax().item()))
+    for (name, (full, half)) in zip(rewards.names, zip(found[0].scores, found[1].scores)) {
+      let change = try PairedTest(differences: zip(half, full).map { $0 - $1 })
+      print(
+        String(
+          format: "%@: %.4f, %.4f: %+.5f [%+.5f, %+.5f]", name, try Summary(full).mean,
+          try Summary(half).mean,
+          change.difference, change.ci95.low, change.ci95.high))
+    }
+  }
+
   @Test("peak memory and time of one forward and backward pass of 48 rows")
   func checkpointing() throws {
     let engine = try Engine(configuration(.bfloat16))

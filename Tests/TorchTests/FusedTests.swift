@@ -254,6 +254,143 @@ struct FusedTests {
   }
 }
 
+/// Oracle: group norm, SiLU, upsampling, convolution and sum one after the other, in float64 of the very numbers.
+@Suite("Convolutions with what stands around them")
+struct ConvolutionTests {
+  struct Case: Sendable {
+    var shape: [Int]  // B, C, H, W
+    var out: Int
+    var kernel = 3
+    var groups = 0
+    var upsampled = false
+    var adds = false
+
+    /// Input, weight, bias, gain, offset, addend.
+    var inputs: [Grid] {
+      let scale = shape[2...].map { upsampled ? 2 * $0 : $0 }
+      let range = 1.5 / Double(shape[1] * kernel * kernel).squareRoot()
+      return [
+        Grid(noise: shape[0], shape[1], shape[2], shape[3], seed: 1),
+        Grid(noise: out, shape[1], kernel, kernel, seed: 2, in: -range...range), Grid(noise: out, seed: 3),
+        Grid(noise: shape[1], seed: 4), Grid(noise: shape[1], seed: 5),
+        Grid(noise: shape[0], out, scale[0], scale[1], seed: 6),
+      ]
+    }
+    func fused(_ t: [Tensor]) throws -> Tensor {
+      let norm =
+        groups > 0 ? (groups: groups, weight: t[3] as Tensor?, bias: t[4] as Tensor?, eps: 1e-6) : nil
+      return try t[0].convolution(
+        try t[1].packedConvolution(upsampled: upsampled), t[2], norm: norm, adding: adds ? t[5] : nil)
+    }
+    func plain(_ t: [Tensor]) throws -> Tensor {
+      var x = t[0]
+      if groups > 0 { x = try x.groupNorm(groups, t[3], t[4], eps: 1e-6).silu() }
+      if upsampled { x = try x.upsampleNearest(2) }
+      let y = try x.conv2d(t[1], t[2], padding: kernel / 2)
+      return adds ? try y + t[5] : y
+    }
+  }
+  static let cases = [
+    Case(shape: [3, 16, 8, 8], out: 16, groups: 4, adds: true),
+    Case(shape: [1, 32, 70, 64], out: 3, groups: 8),  // several bands; fewer outputs than a vector has
+    Case(shape: [2, 6, 5, 7], out: 20, groups: 3),
+    Case(shape: [2, 10, 1, 3], out: 70),  // two blocks of outputs
+    Case(shape: [2, 16, 6, 9], out: 16, upsampled: true),
+    Case(shape: [1, 130, 4, 5], out: 66, groups: 2, upsampled: true, adds: true),
+    Case(shape: [2, 32, 6, 4], out: 16, kernel: 1, adds: true),
+    Case(shape: [2, 16, 3, 3], out: 8, kernel: 1, groups: 8),
+  ]
+
+  // bfloat16: the normalised input, sums of weights of an upsampled input and the result are rounded to 2⁻⁹, each by
+  // about a third of that on average. float32: sums of a thousand products.
+  @Test("values", arguments: Precision.both, cases)
+  private func values(_ precision: Precision, _ c: Case) throws {
+    guard Tensor.fusesAttention(precision.dtype) else { return }
+    let ours = try c.inputs.map { try $0.tensor(precision.dtype) }
+    let got = try c.fused(ours)
+    let expected = try c.plain(try ours.map { try $0.to(.float64) })
+    #expect(got.dtype == precision.dtype && got.shape == expected.shape)
+    let error = try relative(got, expected)
+    #expect(error < precision.output)
+  }
+
+  // The mean is 200 times the spread: one float32 sum of squares would keep two digits of the variance. What is left is
+  // the rounding of x·factor + addend, both some 200: 200 · 6e-8, with room.
+  @Test("statistics of numbers far from zero")
+  func offset() throws {
+    let c = Case(shape: [1, 16, 40, 64], out: 16, groups: 4)
+    var inputs = c.inputs
+    inputs[0].values = inputs[0].values.map { Double(Float(170 + $0)) }
+    let t = try inputs.map { try $0.tensor(.float32) }
+    guard Tensor.fusesAttention(.float32) else { return }
+    let error = try relative(try c.fused(t), try c.plain(try t.map { try $0.to(.float64) }))
+    #expect(error < 5e-5)
+  }
+
+  @Test(
+    "neither threads nor the other images of a batch change a bit", arguments: [DType.float32, .bfloat16])
+  func determinism(_ dtype: DType) throws {
+    guard Tensor.fusesAttention(dtype) else { return }
+    let c = Case(shape: [5, 32, 70, 64], out: 16, groups: 8, adds: true)
+    let t = try c.inputs.map { try $0.tensor(dtype) }
+    let threads = TorchRuntime.threads
+    defer { try? TorchRuntime.setThreads(threads) }
+    try TorchRuntime.setThreads(1)
+    let one = try c.fused(t)
+    try TorchRuntime.setThreads(2)
+    try expectIdentical(try c.fused(t), one)
+    let alone = try c.fused([try t[0].narrow(0, 3, 1)] + t[1...4] + [try t[5].narrow(0, 3, 1)])
+    try expectIdentical(alone.contiguous(), try one.narrow(0, 3, 1).contiguous())
+  }
+
+  @Test("a layer gives gradients where they are wanted, and sees a change of its weight")
+  func layer() throws {
+    let folder = try TemporaryFolder()
+    let c = Case(shape: [2, 16, 6, 6], out: 16, groups: 4, upsampled: true, adds: true)
+    let t = try c.inputs.map { try $0.tensor(.float32) }
+    let checkpoint = try folder.checkpoint([
+      "c.weight": t[1], "c.bias": t[2], "n.weight": t[3], "n.bias": t[4],
+    ])
+    let registry = ModuleRegistry()
+    let conv = try Conv2d(16, 16, kernel: 3, padding: 1, checkpoint.root / "c", registry)
+    let norm = try GroupNorm(4, 16, eps: 1e-6, checkpoint.root / "n", registry)
+    let expected = try c.plain(try t.map { try $0.to(.float64) })
+    // As for the values above.
+    let error = try relative(try conv(t[0], norm: norm, upsampled: true, adding: t[5]), expected)
+    #expect(error < 2e-6)
+    let leaves = try [t[0], t[5]].map { try $0.clone() }
+    let copies = try [t[0], t[5]].map { try $0.to(.float64).clone() }
+    for leaf in leaves + copies { try leaf.setRequiresGrad(true) }
+    let wide = try t.map { try $0.to(.float64) }
+    try conv(leaves[0], norm: norm, upsampled: true, adding: leaves[1]).square().sum().backward()
+    try c.plain([copies[0]] + wide[1...4] + [copies[1]]).square().sum().backward()
+    for (ours, theirs) in zip(leaves, copies) {
+      let error = try relative(try #require(try ours.grad()), try #require(try theirs.grad()))
+      #expect(error < 5e-6)
+    }
+    try registry.parameters[0].tensor.copy(from: try Tensor.zeros(like: t[1]))
+    let after = try conv(t[0], upsampled: true)
+    let bias = try t[2].reshape(1, 16, 1, 1).expand([2, 16, 12, 12]).contiguous()
+    try expectIdentical(try after.contiguous(), bias)
+  }
+
+  @Test("what it does not do is an error")
+  func errors() throws {
+    guard Tensor.fusesAttention(.float32) else { return }
+    let (x, weight) = (try Tensor.zeros([2, 4, 3, 3]), try Tensor.zeros([8, 4, 3, 3]))
+    let packed = try weight.packedConvolution()
+    #expect(throws: TorchError.self) { try Tensor.zeros([8, 3, 3, 3]).packedConvolution() }
+    #expect(throws: TorchError.self) { try Tensor.zeros([8, 4, 1, 1]).packedConvolution(upsampled: true) }
+    #expect(throws: TorchError.self) { try Tensor.zeros([2, 6, 3, 3]).convolution(packed, nil) }
+    #expect(throws: TorchError.self) { try x.to(.bfloat16).convolution(packed, nil) }
+    #expect(throws: TorchError.self) { try x.convolution(packed, nil, norm: (3, nil, nil, 1e-6)) }
+    #expect(throws: TorchError.self) { try x.convolution(packed, nil, adding: x) }
+    let leaf = try x.clone()
+    try leaf.setRequiresGrad(true)
+    #expect(throws: TorchError.self) { try leaf.convolution(packed, nil) }
+  }
+}
+
 /// Oracle: x·(W + Σ scale·B·A)ᵀ + b in float64 of the very bfloat16 numbers.
 @Suite("Adapted products of frozen bfloat16 layers")
 struct PackedLinearTests {

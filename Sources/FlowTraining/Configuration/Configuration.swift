@@ -397,6 +397,8 @@ extension Configuration {
     public var weights = Weights.model
     /// How images go through the autoencoder.
     public var vae = VAE.auto
+    /// Precision of the autoencoder; rewards see float32 images either way.
+    public var decodeDtype = DecodeDType.float32
     /// Every default.
     public init() {}
 
@@ -442,6 +444,13 @@ extension Configuration {
       case int8
       /// 8-bit floating point (e4m3) with a scale for each row.
       case fp8
+    }
+    /// Precision of the autoencoder.
+    public enum DecodeDType: String, Choice, CaseIterable {
+      /// 32 bits.
+      case float32
+      /// 16 bits, float32's exponent; norms and sums stay in 32.
+      case bfloat16
     }
     /// How images go through the autoencoder.
     public enum VAE: String, Choice, CaseIterable {

@@ -167,7 +167,7 @@ extension Configuration.Network: Configuration.Section {
     [
       .init("dtype", \.dtype), .init("timeRounding", \.timeRounding), .init("attention", \.attention),
       .init("checkpointing", \.checkpointing), .init("memory", \.memory), .init("weights", \.weights),
-      .init("vae", \.vae),
+      .init("vae", \.vae), .init("decodeDtype", \.decodeDtype),
     ]
   }
 }
