@@ -80,7 +80,9 @@ struct Train: ParsableCommand {
       let folder = RunFolder(URL(filePath: resume))
       try folder.requireRun()
       let base = try Configuration.load(file: folder.configFile)
-      return (try Configuration.applyResume(base: base, overrides: options.overrides), folder)
+      let configuration = try Configuration.applyResume(base: base, overrides: options.overrides)
+      try folder.requireUnchanged(configuration)
+      return (configuration, folder)
     }
     var configuration = try Configuration.load(file: URL(filePath: config!), overrides: options.overrides)
     configuration.makePathsAbsolute()
