@@ -45,10 +45,10 @@ public struct PlanRisk: Sendable, Equatable, Codable {
     noise = spread.total * spread.promptStep / Double(max(1, (trajectories - 1) * (curve.count - 1)))
   }
 
-  /// log d, with a floor under what has no logarithm.
+  /// log d with a floor under what has no logarithm, halved for `cosine`.
   ///
   /// - Throws: ``ChunkError/badCurve(step:value:)``.
-  static func logarithms(_ d: [Double], _ distance: Distance) throws(ChunkError) -> [Double] {
+  public static func logarithms(_ d: [Double], _ distance: Distance) throws(ChunkError) -> [Double] {
     if let i = d.firstIndex(where: { !($0.isFinite && $0 >= 0) }) { throw .badCurve(step: i, value: d[i]) }
     let largest = d.reduce(0, max)
     let power = distance == .cosine ? 0.5 : 1
@@ -174,12 +174,33 @@ public struct NestedVariance: Sendable, Equatable {
 /// Spearman's rank correlation, ties sharing their mean rank; nil if either list is constant or shorter than two.
 public func rankCorrelation(_ x: [Double], _ y: [Double]) -> Double? {
   precondition(x.count == y.count, "\(x.count) and \(y.count) values have no correlation")
-  func centred(_ values: [Double]) -> [Double] {
-    // twice the rank, counted from its middle: integers, so that sums are exact
-    values.map { v in values.reduce(0) { $0 + ($1 < v ? 1 : $1 > v ? -1 : 0) } }
+  guard let a = unitRanks(x), let b = unitRanks(y) else { return nil }
+  return zip(a, b).reduce(0) { $0 + $1.0 * $1.1 }
+}
+
+/// Means of ``rankCorrelation(_:_:)`` over all pairs of curves [prompt][sample][step] of different prompts, and of one
+/// prompt; nil where there is no pair. Constant curves are left out.
+public func meanRankCorrelations(_ curves: [[[Double]]]) -> (between: Double?, within: Double?) {
+  /// Σ over pairs = (‖Σ u‖² − Σ ‖u‖²)/2 of unit vectors.
+  func pairs(_ units: [[Double]]) -> (sum: Double, count: Int) {
+    guard let first = units.first else { return (0, 0) }
+    let sum = first.indices.map { i in units.reduce(0) { $0 + $1[i] } }
+    let count = units.count
+    return ((sum.reduce(0) { $0 + $1 * $1 } - Double(count)) / 2, count * (count - 1) / 2)
   }
-  let (a, b) = (centred(x), centred(y))
-  func product(_ a: [Double], _ b: [Double]) -> Double { zip(a, b).reduce(0) { $0 + $1.0 * $1.1 } }
-  let scale = product(a, a) * product(b, b)
-  return scale > 0 ? product(a, b) / scale.squareRoot() : nil
+  let units = curves.map { $0.compactMap(unitRanks) }
+  let all = pairs(units.flatMap { $0 })
+  let own = units.map(pairs).reduce((sum: 0.0, count: 0)) { ($0.sum + $1.sum, $0.count + $1.count) }
+  let others = all.count - own.count
+  return (
+    others > 0 ? (all.sum - own.sum) / Double(others) : nil, own.count > 0 ? own.sum / Double(own.count) : nil
+  )
+}
+
+/// Ranks around their mean, as a vector of length 1; nil where all values are equal.
+private func unitRanks(_ values: [Double]) -> [Double]? {
+  // twice the rank, counted from its middle
+  let ranks = values.map { v in values.reduce(0.0) { $0 + ($1 < v ? 1 : $1 > v ? -1 : 0) } }
+  let length = ranks.reduce(0) { $0 + $1 * $1 }.squareRoot()
+  return length > 0 ? ranks.map { $0 / length } : nil
 }

@@ -26,8 +26,8 @@ public struct ChunkReport: Encodable, Sendable {
     /// τ, the standard deviation of log d_i between trajectories, their levels taken out.
     public let noise: Double
 
-    init(_ dynamics: ChunkDynamics, _ risk: PlanRisk) {
-      let logs = dynamics.curves.map { $0.map { $0.map { log(max($0, 1e-300)) } } }
+    init(_ dynamics: ChunkDynamics, _ risk: PlanRisk) throws {
+      let logs = try dynamics.curves.map { try $0.map { try PlanRisk.logarithms($0, dynamics.distance) } }
       let v = NestedVariance(logs)
       (step, prompt, promptStep, sample) = (v.step, v.prompt, v.promptStep, v.sample)
       noise = risk.noise.squareRoot()
@@ -35,18 +35,7 @@ public struct ChunkReport: Encodable, Sendable {
       promptStepByChance =
         samples > 1
         ? v.sample * Double((prompts - 1) * (steps - 1)) / Double(prompts * (samples - 1) * steps) : nil
-      var (between, within): ([Double], [Double]) = ([], [])
-      let owners = dynamics.prompts.indices.flatMap { [Int](repeating: $0, count: samples) }
-      for (i, a) in dynamics.all.enumerated() {
-        for (j, b) in dynamics.all.enumerated().dropFirst(i + 1) {
-          guard let correlation = rankCorrelation(a, b) else { continue }
-          if owners[i] == owners[j] { within.append(correlation) } else { between.append(correlation) }
-        }
-      }
-      func mean(_ values: [Double]) -> Double? {
-        values.isEmpty ? nil : values.reduce(0, +) / Double(values.count)
-      }
-      (rankBetween, rankWithin) = (mean(between), mean(within))
+      (rankBetween, rankWithin) = meanRankCorrelations(dynamics.curves)
     }
   }
 
@@ -58,8 +47,8 @@ public struct ChunkReport: Encodable, Sendable {
     public let sizes: [Int]
     /// Different plans of the trajectories, and the share of them with these sizes.
     public let distinct: Int, share: Double
-    /// ``PlanRisk``, what `auto` minimises; the mean over trajectories.
-    public let risk: Double
+    /// ``PlanRisk``, what `auto` minimises; the mean over trajectories; nil if there is no plan.
+    public let risk: Double?
     /// Mean d_i of each chunk.
     public let means: [Double]
     /// Chance of each chunk to be the one drawn next by uniform, weighted and weighted:softmax.
@@ -83,7 +72,7 @@ public struct ChunkReport: Encodable, Sendable {
       let commonest = counts.max { ($0.value, $1.key.description) < ($1.value, $0.key.description) }
       (sizes, distinct) = (commonest?.key ?? [], counts.count)
       share = Double(commonest?.value ?? 0) / Double(max(1, found.count))
-      self.risk = found.isEmpty ? .nan : found.reduce(0) { $0 + risk($1) } / Double(found.count)
+      self.risk = found.isEmpty ? nil : found.reduce(0) { $0 + risk($1) } / Double(found.count)
       guard let shown = try? ChunkPlan(sizes: sizes) else {
         (means, uniform, weighted, softmax) = ([], [], [], [])
         return
@@ -175,7 +164,7 @@ public struct ChunkReport: Encodable, Sendable {
         betweenPrompts: spread.betweenPrompts[i], withinPrompts: spread.withinPrompts[i],
         sensitivity: step.sensitivity)
     }
-    pattern = Pattern(measured, risk)
+    pattern = try Pattern(measured, risk)
     self.plans = strategies.map {
       Plan($0, measured, risk, stopSize: c.chunk.stopSize, minChunk: c.chunk.minChunk)
     }

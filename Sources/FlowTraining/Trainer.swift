@@ -117,7 +117,7 @@ public final class Trainer {
         "\(moves), \(trained ?? "updates follow the latents")"
       ),
       ("optimizer steps", "\(c.run.iterations * c.optim.updatesPerIteration)"),
-    ]
+    ] + (strategy == .auto ? [("forward passes of the pilot", "about \(pilotPasses)")] : [])
   }
 
   private func averageTrainedSteps() throws -> Double {
@@ -228,14 +228,20 @@ public final class Trainer {
     return row
   }
 
+  private var pilotPrompts: [String] {
+    ChunkDynamics.choose(ChunkDynamics.pilot.prompts, of: prompts.map(\.text), random)
+  }
+  private var pilotPasses: Int {
+    pilotPrompts.count * ChunkDynamics.pilot.samples * configuration.sampling.steps
+  }
+
   /// Settles `chunk.plan: auto` once, with the network as it is before the first update; says how long it took.
   private func choosePlan() throws -> Stopwatch {
     var clock = Stopwatch()
     guard strategy == .auto else { return clock }
-    let texts = ChunkDynamics.choose(ChunkDynamics.pilot.prompts, of: prompts.map(\.text), random)
     let dynamics = try clock.time("pilot") {
       try ChunkDynamics.measure(
-        engine, configuration.sampling, prompts: texts, samples: ChunkDynamics.pilot.samples,
+        engine, configuration.sampling, prompts: pilotPrompts, samples: ChunkDynamics.pilot.samples,
         distance: Distance(rawValue: configuration.chunk.distance.rawValue)!, random: random, rows: rows,
         check: Interruption.check)
     }

@@ -112,7 +112,7 @@ struct Chunks: ParsableCommand {
   static func text(_ r: ChunkReport) -> String {
     let fixed = Terminal.fixed
     func list(_ p: [Double]) -> String {
-      "[" + p.map { fixed($0, $0 < 0.1 ? 3 : 2) }.joined(separator: ", ") + "]"
+      p.count > 8 ? "…" : "[" + p.map { fixed($0, 2) }.joined(separator: ", ") + "]"
     }
     let steps = r.dynamics.map { s in
       [
@@ -135,12 +135,12 @@ struct Chunks: ParsableCommand {
     }
     let plans = r.plans.map { plan -> [String] in
       if let problem = plan.problem { return [plan.plan, problem] }
-      let sizes =
-        plan.distinct > 1 ? "\(plan.sizes) \(percent(plan.share)) of \(plan.distinct)" : "\(plan.sizes)"
-      let many = plan.sizes.count > 8
+      let even = plan.sizes.count > 4 && Set(plan.sizes).count == 1
+      var sizes = even ? "\(plan.sizes.count) × \(plan.sizes[0])" : "\(plan.sizes)"
+      if plan.distinct > 1 { sizes = "\(plan.distinct) plans; \(percent(plan.share)) \(sizes)" }
       return [
-        plan.plan, sizes, fixed(plan.risk, 4), fixed(plan.uniform[0], 3), many ? "…" : list(plan.weighted),
-        many ? "…" : list(plan.softmax),
+        plan.plan, sizes, fixed(plan.risk ?? .nan, 2), fixed(plan.uniform[0], 2), list(plan.weighted),
+        list(plan.softmax),
       ]
     }
     return [

@@ -39,7 +39,7 @@ struct Train: ParsableCommand {
 
   func run() throws {
     let (given, folder) = try prepare()
-    try given.validate()
+    try given.validateSources()
     if resume == nil, !dryRun { try folder.requireNew() }
     // Before anything is loaded: what does not fit is said now, with the way out.
     let (configuration, memory) = try MemoryModel.fit(given)

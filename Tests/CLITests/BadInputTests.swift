@@ -311,23 +311,35 @@ struct BadInputTests {
     "a dry run says everything that is wrong at once, and so does the run", arguments: [["--dry-run"], []])
   func allAtOnce(_ flags: [String]) throws {
     let scratch = try Scratch()
-    try scratch.configure(settings: "ema: {decay: 2}\nrun: {iterations: 0, keep: few}")
+    try scratch.configure(settings: "ema: {decay: 2}\nrun: {iterations: 0}")
     let before = scratch.listing()
     let result = try Tool.run(
       ["train", "config.yaml"] + flags
         + [
           "chunk.plan=clever", "sampling.step=euler", "chunk.timeWeight=heavy", "chunk.fraction=0",
-          "sampling.eta=-1",
+          "sampling.eta=-1", "run.keep=few",
         ]
         .flatMap { ["--set", $0] }, in: scratch)
     #expect(result.status == 1 && result.out.isEmpty)
     let lines = result.err.split(separator: "\n").map(String.init)
     #expect(lines.first == "error: 8 problems" && lines.count == 9, "\(result.err)")
     for word in [
-      "config.yaml:11: run.keep", "ema.decay", "run.iterations", "chunk.plan", "sampling.step",
+      "run.keep", "ema.decay", "run.iterations", "chunk.plan", "sampling.step",
       "chunk.timeWeight",
       "chunk.fraction", "sampling.eta",
     ] { #expect(lines.filter { $0.contains(word + ":") }.count == 1, "\(word): \(result.err)") }
+    // Without keys that cannot be read, also files that are not there.
+    let missing = try Tool.run(
+      ["train", "config.yaml"] + flags
+        + [
+          "ema.decay=0.5", "run={keep: 1, iterations: 0}", "model=nowhere", "prompts.file=no.jsonl",
+          "rewards=[{name: vivd}]",
+        ].flatMap { ["--set", $0] }, in: scratch)
+    let list = missing.err.split(separator: "\n").map(String.init)
+    #expect(missing.status == 1 && list.count == 5, "\(missing.err)")
+    for word in ["run.iterations", "nowhere: no such folder", "no.jsonl: no such file", "\"vivd\""] {
+      #expect(list.filter { $0.contains(word) }.count == 1, "\(word): \(missing.err)")
+    }
     #expect(scratch.listing() == before)
   }
 

@@ -107,8 +107,12 @@ extension Configuration {
     let unread = place.problems.list + configuration.apply(overrides)
     guard !unread.isEmpty else { return configuration }
     // Other mistakes too, unless they may come from what could not be read.
-    let paths = unread.compactMap(\.path)
-    let others = configuration.problems.filter { problem in !paths.contains { "\(problem)".contains($0) } }
+    let paths = Set(unread.compactMap(\.path))
+    let others = configuration.problems.filter { problem in
+      !"\(problem)".split { !($0.isLetter || $0.isNumber || $0 == ".") }.contains {
+        paths.contains(String($0))
+      }
+    }
     throw ConfigurationError(unread + others)!
   }
 
