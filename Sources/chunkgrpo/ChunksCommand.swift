@@ -86,7 +86,8 @@ struct Chunks: ParsableCommand {
     let options: [(option: String, key: String, value: String?)] = [
       ("--steps", "sampling.steps", steps.map(String.init)),
       ("--shift", "sampling.shift", shift.map { "\($0)" }),
-      ("--step", "sampling.step", step), ("--eta", "sampling.eta", (eta ?? kind?.defaultEta).map { "\($0)" }),
+      ("--step", "sampling.step", step),
+      ("--eta", "sampling.eta", (eta ?? kind.flatMap { $0 == .ode ? nil : $0.defaultEta }).map { "\($0)" }),
       ("--distance", "chunk.distance", distance),
       ("--stop-size", "chunk.stopSize", stopSize.map(String.init)),
       ("--min-chunk", "chunk.minChunk", minChunk.map(String.init)),

@@ -296,7 +296,7 @@ struct ConfigurationTests {
       ("rewards: scenes", "demo.yaml:1: rewards: expected a list, got \"scenes\""),
       ("rewards: [scenes]", "demo.yaml:1: rewards[0]: expected a mapping, got \"scenes\""),
       (
-        "sampling:\n  steps: 9\n  step: sde",
+        "sampling:\n  shift: 2\n  step: sde",
         "demo.yaml:3: sampling.step: expected one of flow-sde, dance-sde, cps, ode, got \"sde\""
       ),
       ("sampling: {decode: XT}", "demo.yaml:1: sampling.decode: expected one of x0, xT, got \"XT\""),

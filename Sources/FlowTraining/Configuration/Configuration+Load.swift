@@ -109,7 +109,7 @@ extension Configuration {
     // Other mistakes too, unless they may come from what could not be read.
     let paths = Set(unread.compactMap(\.path))
     let others = configuration.problems.filter { problem in
-      !"\(problem)".split { !($0.isLetter || $0.isNumber || $0 == ".") }.contains {
+      !"\(problem)".split { !($0.isLetter || $0.isNumber || ".[]".contains($0)) }.contains {
         paths.contains(String($0))
       }
     }
