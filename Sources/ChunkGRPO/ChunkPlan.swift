@@ -18,6 +18,8 @@ public enum ChunkError: Error, CustomStringConvertible, Sendable, Equatable {
   case badBounds(stopSize: Int, minChunk: Int)
   /// Curves of one shared plan must be equally long.
   case curveLengths([Int])
+  /// The spread between trajectories takes two of them.
+  case tooFewCurves(Int)
   /// The text names no way of drawing.
   case unknownDraw(String)
   /// A fixed chunk that the plan does not have.
@@ -52,6 +54,8 @@ public enum ChunkError: Error, CustomStringConvertible, Sendable, Equatable {
         + "lower chunk.minChunk or raise chunk.stopSize"
     case .curveLengths(let lengths):
       "change curves of \(lengths) steps: a shared plan expects equal lengths and at least one curve"
+    case .tooFewCurves(let count):
+      "chunk.plan: auto compares trajectories, expected at least 2, got \(count); use more prompts or samples"
     case .unknownDraw(let text):
       "chunk.draw: expected \(ChunkDraw.forms), got \"\(text)\""
     case .noSuchChunk(let index, let chunks):
@@ -242,10 +246,12 @@ public enum ChunkStrategy: Sendable, Equatable, CustomStringConvertible {
   case adaptive
   /// One plan from the mean change curve of all trajectories.
   case adaptiveShared
+  /// One plan of least ``PlanRisk``, from a pilot's change curves.
+  case auto
 
-  static let forms = "step, sequence, fixed:n, list:a,b,…, adaptive or adaptive-shared"
+  static let forms = "step, sequence, fixed:n, list:a,b,…, adaptive, adaptive-shared or auto"
 
-  /// Parses `step`, `sequence`, `fixed:4`, `list:2,3,4,7`, `adaptive` or `adaptive-shared`.
+  /// Parses `step`, `sequence`, `fixed:4`, `list:2,3,4,7`, `adaptive`, `adaptive-shared` or `auto`.
   ///
   /// - Throws: ``ChunkError/unknownPlan(_:)`` or ``ChunkError/badSizes(_:)``.
   public init(_ text: String) throws(ChunkError) {
@@ -256,6 +262,7 @@ public enum ChunkStrategy: Sendable, Equatable, CustomStringConvertible {
     case ("sequence", 1, _): self = .sequence
     case ("adaptive", 1, _): self = .adaptive
     case ("adaptive-shared", 1, _): self = .adaptiveShared
+    case ("auto", 1, _): self = .auto
     case ("fixed", 2, let sizes?) where sizes.count == 1: self = .fixed(try ChunkPlan(sizes: sizes).sizes[0])
     case ("list", 2, let sizes?): self = .list(try ChunkPlan(sizes: sizes).sizes)
     default: throw .unknownPlan(text)
@@ -271,16 +278,17 @@ public enum ChunkStrategy: Sendable, Equatable, CustomStringConvertible {
     case .list(let sizes): "list:" + sizes.map(String.init).joined(separator: ",")
     case .adaptive: "adaptive"
     case .adaptiveShared: "adaptive-shared"
+    case .auto: "auto"
     }
   }
 
   /// Whether the plan is made from the latents of a rollout.
-  public var needsCurve: Bool { self == .adaptive || self == .adaptiveShared }
+  public var needsCurve: Bool { self == .adaptive || self == .adaptiveShared || self == .auto }
 
   /// The plan over `n` trainable steps.
   ///
   /// - Throws: ``ChunkError/sumMismatch(sizes:steps:)``, ``ChunkError/noSteps(_:)``,
-  ///   ``ChunkError/badSizes(_:)``, or ``ChunkError/needsCurve(plan:)`` for the adaptive ones.
+  ///   ``ChunkError/badSizes(_:)``, or ``ChunkError/needsCurve(plan:)`` for those made from curves.
   public func plan(steps n: Int) throws(ChunkError) -> ChunkPlan {
     guard n > 0 else { throw .noSteps(n) }
     switch self {
@@ -293,16 +301,17 @@ public enum ChunkStrategy: Sendable, Equatable, CustomStringConvertible {
       let plan = try ChunkPlan(sizes: sizes)
       guard plan.steps == n else { throw .sumMismatch(sizes: sizes, steps: n) }
       return plan
-    case .adaptive, .adaptiveShared: throw .needsCurve(plan: description)
+    case .adaptive, .adaptiveShared, .auto: throw .needsCurve(plan: description)
     }
   }
 
   /// The plan of each of `samples` trajectories over `n` trainable steps.
   ///
-  /// - Parameter curves: one change curve of `n` steps for each sample; read by the adaptive strategies only.
-  /// - Throws: as ``plan(steps:)`` and ``ChunkPlan/adaptive(sharedBy:stopSize:minChunk:)``.
+  /// - Parameter curves: one change curve of `n` steps for each sample; read by the strategies that need them only.
+  /// - Parameter distance: what the curves measure, for `auto`.
+  /// - Throws: as ``plan(steps:)``, ``ChunkPlan/adaptive(sharedBy:stopSize:minChunk:)`` and ``PlanRisk``.
   public func plans(
-    steps n: Int, samples: Int, curves: [[Double]], stopSize: Int, minChunk: Int
+    steps n: Int, samples: Int, curves: [[Double]], distance: Distance = .l1, stopSize: Int, minChunk: Int
   ) throws(ChunkError) -> [ChunkPlan] {
     switch self {
     case .adaptive:
@@ -313,6 +322,9 @@ public enum ChunkStrategy: Sendable, Equatable, CustomStringConvertible {
       return plans
     case .adaptiveShared:
       let plan = try ChunkPlan.adaptive(sharedBy: curves, stopSize: stopSize, minChunk: minChunk)
+      return [ChunkPlan](repeating: plan, count: samples)
+    case .auto:
+      let plan = try PlanRisk(curves: curves, distance: distance).best(stopSize: stopSize, minChunk: minChunk)
       return [ChunkPlan](repeating: plan, count: samples)
     default: return [ChunkPlan](repeating: try plan(steps: n), count: samples)
     }

@@ -48,6 +48,8 @@ public enum Purpose: UInt32, Sendable, CaseIterable {
   case stepDraw = 9
   /// Where the stochastic steps of a group are.
   case window = 10
+  /// The trajectories that `chunk.plan: auto` is chosen by: their prompts, x_0 (step 0) and ε of step i (i + 1).
+  case pilot = 11
 }
 
 /// Where all random numbers of a run come from: a stream is a pure function of the seed and of what it is

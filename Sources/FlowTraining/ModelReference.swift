@@ -94,6 +94,26 @@ public struct ModelReference: Sendable {
     if let negative { configuration.sampling.negative = negative }
   }
 
+  /// Changes keys of its configuration; `option` is what a message about a value calls it.
+  ///
+  /// - Throws: ``ConfigurationError`` for all that cannot be read.
+  public mutating func set(
+    _ options: [(option: String, key: String, value: String)]
+  ) throws(ConfigurationError) {
+    configuration = try configuration.changed(by: options)
+  }
+
+  /// Prompts of a file, or of the run's or the built-in one: of the split named, the run's, or `train` where there is one.
+  public func prompts(file: String?, split: String?) throws -> [Prompt] {
+    let url = URL(filePath: try file ?? promptFile())
+    if let split = split ?? (steps != nil && file == nil ? configuration.prompts.split : nil) {
+      return try PromptFile.load(file: url, split: split)
+    }
+    let all = try PromptFile.load(file: url, split: "all")
+    let train = all.filter { $0.split == "train" }
+    return train.isEmpty ? all : train
+  }
+
   /// Uses the arithmetic of `other`, so that the numbers of both differ by their weights only.
   mutating func computeLike(_ other: ModelReference) {
     configuration.network = other.configuration.network

@@ -81,6 +81,22 @@ public struct RunFolder: Sendable {
     }
   }
 
+  /// Refuses a configuration under which the newest checkpoint would mean something else.
+  ///
+  /// - Throws: ``RunError`` that names every key which was edited.
+  public func requireUnchanged(_ configuration: Configuration) throws {
+    // What cannot be read is damaged, and passed over on restoring.
+    guard let newest = list().first,
+      let stored = try? Configuration.load(file: newest.appending(path: "config.yaml"))
+    else { return }
+    let changed = configuration.differences(from: stored).filter { !Configuration.mayDiffer($0.path) }
+    guard !changed.isEmpty else { return }
+    let list = changed.map { "\($0.path) is \($0.value), was \($0.other)" }.joined(separator: "; ")
+    throw RunError(
+      "\(configFile.path): not as it was for \(newest.lastPathComponent): \(list): put it back, or start a new run"
+    )
+  }
+
   static func reason(_ error: any Error) -> String {
     if let cocoa = error as? CocoaError, let underlying = cocoa.userInfo[NSUnderlyingErrorKey] as? any Error {
       return underlying.localizedDescription

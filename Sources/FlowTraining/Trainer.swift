@@ -12,6 +12,8 @@ public enum TrainingEvent: Sendable {
   case warning(String)
   /// An iteration is done.
   case iteration(MetricsRow, of: Int)
+  /// What a run found out before its first iteration.
+  case note(String)
   /// The run ends before its last iteration, and why.
   case reached(String)
   /// A checkpoint is on disk.
@@ -35,7 +37,9 @@ public final class Trainer {
   private let folder: RunFolder
   private let rewards: RewardSet
   private let table: TransitionTable
-  private let strategy: ChunkStrategy
+  /// `auto` until its pilot has run or a checkpoint has told, then the plan's list.
+  private var strategy: ChunkStrategy
+  private var choice: PlanChoice?
   private let draw: ChunkDraw
   private let timeWeight: TimeWeight
   private let optimizer: AdamW
@@ -113,7 +117,7 @@ public final class Trainer {
         "\(moves), \(trained ?? "updates follow the latents")"
       ),
       ("optimizer steps", "\(c.run.iterations * c.optim.updatesPerIteration)"),
-    ]
+    ] + (strategy == .auto ? [("forward passes of the pilot", "about \(pilotPasses)")] : [])
   }
 
   private func averageTrainedSteps() throws -> Double {
@@ -161,6 +165,7 @@ public final class Trainer {
         iteration += 1
         boundary = nil
         try folder.append(row)
+        if iteration == 1 { try choice?.write(to: folder.url) }
         report(.iteration(row, of: total))
         if let name = configuration.run.stopReward, let value = row.values["eval/\(name)"],
           value >= configuration.run.stopAbove
@@ -183,8 +188,9 @@ public final class Trainer {
   public func step() throws -> MetricsRow {
     var clock = Stopwatch()
     var row = MetricsRow()
-    // What an evaluation left is not this iteration's.
-    _ = (engine.network.takeSeconds(), engine.network.takePasses())
+    let planning = try choosePlan()
+    // What an evaluation or the pilot left is not this iteration's.
+    _ = (engine.network.takeSeconds(), engine.network.takePasses(), engine.network.takeRows())
     let spent = Stopwatch.processSeconds
     let batch = samplesOfIteration()
     let conditions = try batch.map { try engine.encoder($0.prompt.text) }
@@ -213,12 +219,49 @@ public final class Trainer {
     row.update = update
     row.seconds = clock.seconds
     row.values["images_per_s"] = Double(batch.count) / clock.seconds.values.reduce(0, +)
+    row.seconds.merge(planning.seconds) { $1 }
     row.seconds["network"] = engine.network.takeSeconds()
     row.seconds["cpu"] = Stopwatch.processSeconds - spent
     row.counts["network_passes"] = engine.network.takePasses()
     try look(&row)
     _ = (engine.network.takeSeconds(), engine.network.takeRows())
     return row
+  }
+
+  private var pilotPrompts: [String] {
+    ChunkDynamics.choose(ChunkDynamics.pilot.prompts, of: prompts.map(\.text), random)
+  }
+  private var pilotPasses: Int {
+    pilotPrompts.count * ChunkDynamics.pilot.samples * configuration.sampling.steps
+  }
+
+  /// Settles `chunk.plan: auto` once, with the network as it is before the first update; says how long it took.
+  private func choosePlan() throws -> Stopwatch {
+    var clock = Stopwatch()
+    guard strategy == .auto else { return clock }
+    let dynamics = try clock.time("pilot") {
+      try ChunkDynamics.measure(
+        engine, configuration.sampling, prompts: pilotPrompts, samples: ChunkDynamics.pilot.samples,
+        distance: Distance(rawValue: configuration.chunk.distance.rawValue)!, random: random, rows: rows,
+        check: Interruption.check)
+    }
+    adopt(try clock.time("planning") { try PlanChoice(dynamics, configuration.chunk) })
+    if let choice { report(.note(choice.summary)) }
+    return clock
+  }
+
+  /// Takes over a plan that was settled before; false if there is none.
+  private func recall(from folder: URL) throws -> Bool {
+    guard let choice = try PlanChoice(in: folder, steps: configuration.sampling.trainableSteps.count) else {
+      return false
+    }
+    adopt(choice)
+    return true
+  }
+
+  private func adopt(_ choice: PlanChoice) {
+    self.choice = choice
+    strategy = .list(choice.plan.sizes)
   }
 
   private struct Sample {
@@ -538,6 +581,7 @@ public final class Trainer {
         to: target.appending(path: "training.safetensors"))
       try averaged { try policy.export(to: target, config: transformerConfig) }
       try AtomicFile.write(Data(configuration.yaml().utf8), to: target.appending(path: "config.yaml"))
+      try choice?.write(to: target)
     }
     try exportAdapter()
     saved = iteration
@@ -557,6 +601,7 @@ public final class Trainer {
     for warning in warnings { report(.warning(warning)) }
     guard let found else {
       report(.warning("no checkpoint yet: starting at iteration 0"))
+      if strategy == .auto { _ = try recall(from: folder.url) }
       return try folder.truncateMetrics(after: 0)
     }
     let file = try SafetensorsFile(found.folder.appending(path: "training.safetensors"))
@@ -565,6 +610,9 @@ public final class Trainer {
     try load(state)
     iteration = found.state.iteration
     saved = iteration
+    if strategy == .auto, !(try recall(from: found.folder)), iteration > 0 {
+      throw RunError("\(found.folder.path): \(PlanChoice.fileName), the plan of chunk.plan auto, is missing")
+    }
     try folder.truncateMetrics(after: iteration)
     // A kill may have come between the checkpoint and the adapter.
     try exportAdapter()

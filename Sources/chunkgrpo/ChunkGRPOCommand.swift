@@ -13,7 +13,7 @@ struct ChunkGRPOCommand: ParsableCommand {
     version: "0.1.0",
     subcommands: [
       Train.self, Sample.self, Evaluate.self, Encode.self, Inspect.self, Export.self, Merge.self,
-      Verify.self, StudyCommand.self, Demo.self, Bench.self,
+      Chunks.self, Verify.self, StudyCommand.self, Demo.self, Bench.self,
     ])
 
   static func main() {

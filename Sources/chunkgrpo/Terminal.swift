@@ -35,6 +35,20 @@ enum Terminal {
     }
   }
 
+  /// Throws unless `folder` is empty, or can be made.
+  static func requireNewFolder(_ folder: URL, _ option: String) throws {
+    let files = FileManager.default
+    guard files.fileExists(atPath: folder.path) else {
+      return try requireWritable(folder.path, option)
+    }
+    guard let present = try? files.contentsOfDirectory(atPath: folder.path) else {
+      throw RunError("\(option): \(folder.path) is not a folder that can be read: name a new one")
+    }
+    guard present.isEmpty else {
+      throw RunError("\(option): \(folder.path) is not empty, and nothing is overwritten: name a new folder")
+    }
+  }
+
   private static var width: Int {
     var size = winsize()
     return ioctl(STDERR_FILENO, UInt(TIOCGWINSZ), &size) == 0 && size.ws_col > 20 ? Int(size.ws_col) : 100
@@ -87,7 +101,7 @@ final class TrainingProgress {
   func show(_ event: TrainingEvent) {
     switch event {
     case .warning(let text): Terminal.line("warning: \(text)")
-    case .reached(let text): Terminal.line(text)
+    case .note(let text), .reached(let text): Terminal.line(text)
     case .checkpoint(let name): if !Terminal.isInteractive { Terminal.line("checkpoint: \(name)") }
     case .iteration(let row, let total): iteration(row, total)
     }

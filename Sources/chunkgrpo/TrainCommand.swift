@@ -39,7 +39,7 @@ struct Train: ParsableCommand {
 
   func run() throws {
     let (given, folder) = try prepare()
-    try given.validate()
+    try given.validateSources()
     if resume == nil, !dryRun { try folder.requireNew() }
     // Before anything is loaded: what does not fit is said now, with the way out.
     let (configuration, memory) = try MemoryModel.fit(given)
@@ -80,7 +80,9 @@ struct Train: ParsableCommand {
       let folder = RunFolder(URL(filePath: resume))
       try folder.requireRun()
       let base = try Configuration.load(file: folder.configFile)
-      return (try Configuration.applyResume(base: base, overrides: options.overrides), folder)
+      let configuration = try Configuration.applyResume(base: base, overrides: options.overrides)
+      try folder.requireUnchanged(configuration)
+      return (configuration, folder)
     }
     var configuration = try Configuration.load(file: URL(filePath: config!), overrides: options.overrides)
     configuration.makePathsAbsolute()

@@ -133,6 +133,22 @@ struct BadInputTests {
     .train(
       "a target that the model does not have", "trainable.targets=[attention, query]",
       words: ["trainable.targets", "query", "the model has", "attn.to_q"]),
+    .train(
+      "an unknown plan", "chunk.plan=clever",
+      words: ["chunk.plan", "step, sequence, fixed:n, list:a,b,…", "adaptive-shared or auto", "\"clever\""]),
+    .train(
+      "an unknown kind of step", "sampling.step=euler",
+      words: ["sampling.step", "one of flow-sde, dance-sde, cps, ode", "\"euler\""]),
+    .train(
+      "an unknown weight", "chunk.timeWeight=heavy",
+      words: ["chunk.timeWeight", "one of perChunk, none, equalised, tempflow, guard", "\"heavy\""]),
+    .train(
+      "η that the kind of step does not take", "sampling.step=cps", "sampling.eta=1.2",
+      words: ["sampling.eta", "at most 1", "cps", "1.2"]),
+    .train("a share above one", "chunk.fraction=1.5", words: ["chunk.fraction", "(0, 1]", "1.5"]),
+    .train(
+      "chunks larger than the trajectory", "chunk.plan=auto", "chunk.minChunk=3",
+      words: ["chunk.minChunk", "3 steps do not fit in the 2", "lower it, or raise sampling.steps"]),
     .train("a group of one", "group.size=1", words: ["group.size", "at least 2", "got 1"]),
     .train(
       "an unknown reward", "rewards=[{name: vivd}]", words: ["rewards", "\"vivd\"", "scenes", "vivid"]),
@@ -171,6 +187,20 @@ struct BadInputTests {
       what: "resume with another seed", arguments: ["train", "--resume", "run", "--set", "seed=2"],
       words: ["seed", "fixed by the run", "only run.*", "start a new run"],
       prepare: { try $0.train() }),
+    Mistake(
+      what: "resume with another number of steps, edited", arguments: ["train", "--resume", "run"],
+      words: [
+        "run/config.yaml", "iteration-000002", "sampling.steps is 4, was 3", "chunk.fraction is 1, was 0.5",
+        "put it back, or start a new run",
+      ],
+      prepare: { scratch in
+        try scratch.train()
+        let edited = try scratch.text("run/config.yaml").replacingOccurrences(
+          of: "  steps: 3", with: "  steps: 4"
+        )
+        .replacingOccurrences(of: "  fraction: 0.5", with: "  fraction: 1")
+        try scratch.write(edited, to: "run/config.yaml")
+      }),
   ]
 
   static let others: [Mistake] = [
@@ -228,7 +258,7 @@ struct BadInputTests {
 
   @Test(
     "one clear message, the right exit code, nothing written",
-    arguments: models + configurations + runs + others)
+    arguments: models + configurations + runs + others + chunkPlans)
   func fails(_ mistake: Mistake) throws {
     let scratch = try Scratch()
     try scratch.configure()
@@ -246,6 +276,71 @@ struct BadInputTests {
     for word in mistake.words { #expect(message.contains(word), "\(word): \(message)") }
     let after = scratch.listing()
     #expect(after == before, "\(Set(after.keys).symmetricDifference(before.keys))")
+  }
+
+  static let chunkPlans: [Mistake] = [
+    Mistake(
+      what: "chunks of another sum",
+      arguments: ["chunks", Tool.fluxTiny.path, "--steps", "5", "--plan", "list:1,2"],
+      words: ["[1, 2]", "cover 3 steps", "has 4"]),
+    Mistake(
+      what: "an unknown plan to show", arguments: ["chunks", Tool.fluxTiny.path, "--plan", "clever"],
+      words: ["step, sequence, fixed:n", "or auto", "\"clever\""]),
+    Mistake(
+      what: "a trajectory too short to cut", arguments: ["chunks", Tool.fluxTiny.path, "--steps", "2"],
+      words: ["chunk.minChunk", "2 steps do not fit in the 1"]),
+    Mistake(
+      what: "an unknown kind of step", arguments: ["chunks", Tool.fluxTiny.path, "--step", "euler"],
+      words: ["--step euler", "one of flow-sde, dance-sde, cps", "\"euler\""]),
+    Mistake(
+      what: "one trajectory", arguments: ["chunks", Tool.fluxTiny.path, "--count", "1", "--samples", "1"],
+      words: ["at least 2, got 1", "more prompts or samples"]),
+    Mistake(
+      what: "chunks into a folder that holds something",
+      arguments: ["chunks", Tool.fluxTiny.path, "-o", "out"],
+      words: ["-o", "out is not empty", "nothing is overwritten"],
+      prepare: { try $0.write("mine", to: "out/a") }),
+    Mistake(
+      what: "no samples", arguments: ["chunks", Tool.fluxTiny.path, "--samples", "0"],
+      words: ["--samples", "got 0"],
+      status: 64),
+  ]
+
+  // Oracle: the messages of each mistake alone; what one option makes of another is left out.
+  @Test(
+    "a dry run says everything that is wrong at once, and so does the run", arguments: [["--dry-run"], []])
+  func allAtOnce(_ flags: [String]) throws {
+    let scratch = try Scratch()
+    try scratch.configure(settings: "ema: {decay: 2}\nrun: {iterations: 0}")
+    let before = scratch.listing()
+    let result = try Tool.run(
+      ["train", "config.yaml"] + flags
+        + [
+          "chunk.plan=clever", "sampling.step=euler", "chunk.timeWeight=heavy", "chunk.fraction=0",
+          "sampling.eta=-1", "run.keep=few",
+        ]
+        .flatMap { ["--set", $0] }, in: scratch)
+    #expect(result.status == 1 && result.out.isEmpty)
+    let lines = result.err.split(separator: "\n").map(String.init)
+    #expect(lines.first == "error: 8 problems" && lines.count == 9, "\(result.err)")
+    for word in [
+      "run.keep", "ema.decay", "run.iterations", "chunk.plan", "sampling.step",
+      "chunk.timeWeight",
+      "chunk.fraction", "sampling.eta",
+    ] { #expect(lines.filter { $0.contains(word + ":") }.count == 1, "\(word): \(result.err)") }
+    // Without keys that cannot be read, also files that are not there.
+    let missing = try Tool.run(
+      ["train", "config.yaml"] + flags
+        + [
+          "ema.decay=0.5", "run={keep: 1, iterations: 0}", "model=nowhere", "prompts.file=no.jsonl",
+          "rewards=[{name: vivd}]",
+        ].flatMap { ["--set", $0] }, in: scratch)
+    let list = missing.err.split(separator: "\n").map(String.init)
+    #expect(missing.status == 1 && list.count == 5, "\(missing.err)")
+    for word in ["run.iterations", "nowhere: no such folder", "no.jsonl: no such file", "\"vivd\""] {
+      #expect(list.filter { $0.contains(word) }.count == 1, "\(word): \(missing.err)")
+    }
+    #expect(scratch.listing() == before)
   }
 
   @Test("prompts longer than the text encoders' limit: counted, with the text that is lost")

@@ -21,7 +21,7 @@ import Testing
     #expect(try JSONDecoder().decode(ChunkPlan.self, from: JSONEncoder().encode(plan)) == plan)
   }
 
-  @Test("adaptive forms need a curve", arguments: ["adaptive", "adaptive-shared"])
+  @Test("adaptive forms need a curve", arguments: ["adaptive", "adaptive-shared", "auto"])
   func adaptiveForms(_ text: String) throws {
     let strategy = try ChunkStrategy(text)
     #expect(strategy.description == text)

@@ -296,7 +296,7 @@ struct ConfigurationTests {
       ("rewards: scenes", "demo.yaml:1: rewards: expected a list, got \"scenes\""),
       ("rewards: [scenes]", "demo.yaml:1: rewards[0]: expected a mapping, got \"scenes\""),
       (
-        "sampling:\n  steps: 9\n  step: sde",
+        "sampling:\n  shift: 2\n  step: sde",
         "demo.yaml:3: sampling.step: expected one of flow-sde, dance-sde, cps, ode, got \"sde\""
       ),
       ("sampling: {decode: XT}", "demo.yaml:1: sampling.decode: expected one of x0, xT, got \"XT\""),
@@ -503,7 +503,8 @@ struct ConfigurationValidationTests {
       ["trainable={kind: full, rank: 0, targets: []}"], ["sampling.guidance=null"], ["sampling.guidance=0"],
       ["optim.updatesPerIteration=48"], ["run.samplesEvery=0", "run.evaluateEvery=0"], ["chunk.fraction=1"],
       ["chunk.stopSize=5", "chunk.minChunk=3"], ["sampling.decode=xT", "sampling.schedule=model"],
-      ["chunk.plan=adaptive", "chunk.stepFraction=0.01"],
+      ["chunk.plan=adaptive", "chunk.stepFraction=0.01"], ["chunk.plan=auto", "chunk.draw=weighted"],
+      ["chunk.plan=auto", "sampling.window=drawn"], ["sampling.steps=3", "chunk.plan=auto"],
       ["loss.kl=0.04", "loss.klForm=k3"],
       ["sampling.window=sliding:4", "chunk.plan=step"],
       ["sampling.window=sliding:16,3,1", "chunk.plan=fixed:4"],
@@ -656,6 +657,23 @@ struct ConfigurationValidationTests {
           + "use uniform or weighted, or another plan"
       ),
       (
+        ["chunk.plan=auto", "chunk.draw=only:1"],
+        "chunk.draw: only:1 names chunks, chunk.plan auto is made after a pilot: "
+          + "use uniform or weighted, or another plan"
+      ),
+      (
+        ["chunk.plan=auto", "sampling.window=random:4"],
+        "sampling.window: random:4 moves, chunk.plan auto has one plan for the whole run: use chunk.plan adaptive"
+      ),
+      (
+        ["chunk.plan=auto", "sampling.steps=2"],
+        "chunk.minChunk: 2 steps do not fit in the 1 trainable ones: lower it, or raise sampling.steps"
+      ),
+      (
+        ["chunk.plan=adaptive", "sampling.window=3-4", "chunk.minChunk=3"],
+        "chunk.minChunk: 3 steps do not fit in the 2 trainable ones: lower it, or raise sampling.steps"
+      ),
+      (
         ["loss.kl=0.04", "trainable.kind=full"],
         "loss.kl: the reference is the network without its adapter, trainable.kind full has none: "
           + "use 0, or trainable.kind lora"
@@ -713,6 +731,49 @@ struct ConfigurationValidationTests {
     #expect(message { try configuration.validate() } == expected)
   }
 
+  // Oracle: the messages of each mistake alone, above.
+  @Test("all mistakes are said at once, each once, what follows from another not at all")
+  func several() throws {
+    let values = try Configuration.load(
+      yaml: "{}", source: "demo.yaml",
+      overrides: [
+        "sampling.steps=1", "sampling.eta=-1", "chunk.fraction=1.5", "chunk.draw=some", "group.size=1",
+        "optim.updatesPerIteration=49", "loss.anchor=replay",
+      ])
+    #expect(
+      message { try values.validate() } == """
+        6 problems
+          sampling.steps: expected at least 2, got 1: the last step is never trained on
+          sampling.eta: expected a number of 0 or more, got -1
+          group.size: expected at least 2, got 1: an advantage compares the samples of one prompt
+          chunk.fraction: expected a number in (0, 1], got 1.5
+          chunk.draw: expected uniform, weighted, weighted:softmax or only:a,b,… (chunks from 0), got "some"
+          loss.anchor: replay is not implemented in this version; use rollout
+        """)
+    // Keys that cannot be read, then values; the plan fits a number of steps that is not known.
+    let got = loadMessage(
+      "sampling: {step: euler, steps: many, window: 3}\nchunk: {timeWeight: heavy, plan: 'list:1,2', fraction: 0}",
+      ["chunk.distance=far", "chunk.plam=step"])
+    #expect(
+      got == """
+        7 problems
+          demo.yaml:1: sampling.step: expected one of flow-sde, dance-sde, cps, ode, got "euler"
+          demo.yaml:1: sampling.steps: expected an integer, got "many"
+          demo.yaml:1: sampling.window: expected all, first-last such as 0-4, sliding:width,stride,iterations, \
+        random:width or drawn, got 3
+          demo.yaml:2: chunk.timeWeight: expected one of perChunk, none, equalised, tempflow, guard, got "heavy"
+          --set chunk.distance=far: chunk.distance: expected one of l1, l2, cosine, got "far"
+          --set chunk.plam=step: chunk.plam is not a key; did you mean chunk.plan?
+          chunk.fraction: expected a number in (0, 1], got 0
+        """)
+    let resumed = message {
+      _ = try Configuration.applyResume(
+        base: Configuration(), overrides: ["seed=2", "run.keep=x", "ema.decay=0"])
+    }
+    #expect(resumed.hasPrefix("3 problems\n") && resumed.contains("seed=2") && resumed.contains("ema.decay"))
+    #expect(resumed.contains("run.keep: expected an integer"))
+  }
+
   @Test(
     "malformed plans are refused, none of them traps",
     arguments: [
@@ -742,12 +803,7 @@ struct ConfigurationValidationTests {
   @Test(
     "what is not implemented names what is",
     arguments: [
-      ("loss.anchor=replay", "loss.anchor: replay is not implemented in this version; use rollout"),
-      (
-        "chunk.plan=auto",
-        "chunk.plan: auto is not implemented in this version; "
-          + "use step, sequence, fixed:n, list:a,b,…, adaptive or adaptive-shared"
-      ),
+      ("loss.anchor=replay", "loss.anchor: replay is not implemented in this version; use rollout")
     ])
   func notImplemented(_ override: String, _ expected: String) throws {
     let configuration = try Configuration.load(yaml: "{}", source: "demo.yaml", overrides: [override])

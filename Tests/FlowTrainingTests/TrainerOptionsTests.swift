@@ -31,6 +31,7 @@ struct TrainerOptionsTests {
     arguments: [
       ["chunk.plan=adaptive", "chunk.stopSize=3"],
       ["chunk.plan=adaptive-shared", "chunk.draw=weighted", "chunk.distance=cosine"],
+      ["chunk.plan=auto", "chunk.stopSize=4", "chunk.draw=weighted"],
       ["chunk.draw=weighted:softmax", "chunk.stepFraction=0.5"],
       ["loss.kl=0.5"], ["loss.kl=0.5", "loss.klForm=exact", "sampling.step=cps", "sampling.eta=0.8"],
       ["loss.kl=0.5", "loss.klForm=k3", "optim.microBatch=2"],

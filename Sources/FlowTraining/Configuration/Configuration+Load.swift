@@ -7,20 +7,21 @@ extension Configuration {
   /// `model`, `output` and `prompts.file` may be relative to the current directory or, where only the folder of
   /// the file has them, to that folder: then they become absolute. Overrides are relative to the former.
   /// - Throws: ``ConfigurationError`` for a file that cannot be read, bad YAML, unknown keys and wrong types.
-  ///   Values are judged by ``validate()``.
+  ///   Values are judged by ``validate()``; with keys that cannot be read, here, so that all is said at once.
   public static func load(
     file: URL, overrides: [String] = []
   ) throws(ConfigurationError) -> Configuration {
-    var configuration = try parse(try text(of: file), source: file.relativePath)
-    configuration.resolvePaths(against: file.absoluteURL.deletingLastPathComponent())
-    return try configuration.applying(overrides)
+    let folder = file.absoluteURL.deletingLastPathComponent()
+    return try read(try text(of: file), source: file.relativePath, overrides) {
+      $0.resolvePaths(against: folder)
+    }
   }
 
   /// Reads YAML text; `source` is its name in messages. Paths are left as they are.
   public static func load(
     yaml: String, source: String, overrides: [String] = []
   ) throws(ConfigurationError) -> Configuration {
-    try parse(yaml, source: source).applying(overrides)
+    try read(yaml, source: source, overrides) { _ in }
   }
 
   /// The configuration of a resumed run: `base` with overrides that cannot change its results' meaning.
@@ -28,13 +29,14 @@ extension Configuration {
   public static func applyResume(
     base: Configuration, overrides: [String]
   ) throws(ConfigurationError) -> Configuration {
-    let configuration = try base.applying(overrides)
-    for text in overrides {
-      let override = try Override(text)
+    var configuration = base
+    var problems = configuration.apply(overrides)
+    for override in overrides.compactMap({ try? Override($0) }) {
       for path in override.leaves where !(path.hasPrefix("run.") || resumableKeys.contains(path)) {
-        throw .fixedOnResume(at: override.place.source, path: path)
+        problems.append(.fixedOnResume(at: override.place.source, path: path))
       }
     }
+    if let error = ConfigurationError(problems) { throw error }
     return configuration
   }
 
@@ -43,6 +45,26 @@ extension Configuration {
     do { return try serialize(node: node, width: -1, allowUnicode: true) } catch {
       preconditionFailure("a configuration always has a YAML form: \(error)")
     }
+  }
+
+  /// Keys with other values than in `other`, with both as YAML.
+  func differences(from other: Configuration) -> [(path: String, value: String, other: String)] {
+    func leaves(_ node: Node, _ path: String) -> [(path: String, value: String)] {
+      guard case .mapping(let mapping) = node else {
+        let text = (try? serialize(node: node, width: -1)) ?? ""
+        return [(path, text.split(separator: "\n").joined(separator: " "))]
+      }
+      return mapping.flatMap { leaves($1, (path.isEmpty ? "" : path + ".") + ($0.string ?? "")) }
+    }
+    // Every configuration has all keys, in one order.
+    return zip(leaves(node, ""), leaves(other.node, "")).filter { $0.value != $1.value }
+      .map { ($0.path, $0.value, $1.value) }
+  }
+
+  /// Whether a run that goes on may have another value: what ``applyResume(base:overrides:)`` sets, and where things are.
+  static func mayDiffer(_ path: String) -> Bool {
+    path.hasPrefix("run.") || resumableKeys.contains(path)
+      || ["model", "output", "prompts.file", "prompts.embeddings", "network.memory"].contains(path)
   }
 
   private static let resumableKeys = [
@@ -74,11 +96,24 @@ extension Configuration {
     if !["auto", "memory"].contains(prompts.embeddings) { absolute(&prompts.embeddings) }
   }
 
-  private static func parse(_ yaml: String, source: String) throws(ConfigurationError) -> Configuration {
+  private static func read(
+    _ yaml: String, source: String, _ overrides: [String], between: (inout Configuration) -> Void
+  ) throws(ConfigurationError) -> Configuration {
     let place = Place(source: source, isFile: true)
     let text = yaml.hasPrefix("\u{FEFF}") ? String(yaml.dropFirst()) : yaml
     guard let node = try compose(text, place), !node.isNull else { throw .empty(source: source) }
-    return try read(node, over: nil, place)
+    var configuration = try read(node, over: nil, place)
+    between(&configuration)
+    let unread = place.problems.list + configuration.apply(overrides)
+    guard !unread.isEmpty else { return configuration }
+    // Other mistakes too, unless they may come from what could not be read.
+    let paths = Set(unread.compactMap(\.path))
+    let others = configuration.problems.filter { problem in
+      !"\(problem)".split { !($0.isLetter || $0.isNumber || ".[]".contains($0)) }.contains {
+        paths.contains(String($0))
+      }
+    }
+    throw ConfigurationError(unread + others)!
   }
 
   static func compose(_ yaml: String, _ place: Place) throws(ConfigurationError) -> Node? {
@@ -104,13 +139,13 @@ extension Configuration {
     let place: Place
     let node: Node
 
-    init(_ text: String) throws(ConfigurationError) {
+    init(_ text: String, named name: String? = nil) throws(ConfigurationError) {
       let parts = text.split(separator: "=", maxSplits: 1, omittingEmptySubsequences: false)
       let keys = parts[0].split(separator: ".", omittingEmptySubsequences: false).map {
         $0.trimmingCharacters(in: .whitespaces)
       }
       guard parts.count == 2, !keys.contains("") else { throw .malformedOverride(text: text) }
-      place = Place(source: "--set \(text)", isFile: false)
+      place = Place(source: name ?? "--set \(text)", isFile: false)
       let value = try Configuration.compose(String(parts[1]), place) ?? Node("null", .implicit, .plain)
       node = keys.reversed().reduce(value) { Node([(Node($1), $0)]) }
     }
@@ -126,13 +161,30 @@ extension Configuration {
     }
   }
 
-  private func applying(_ overrides: [String]) throws(ConfigurationError) -> Configuration {
+  /// This configuration with the values of other options than `--set`.
+  func changed(
+    by options: [(option: String, key: String, value: String)]
+  ) throws(ConfigurationError) -> Configuration {
     var configuration = self
-    for text in overrides {
-      let override = try Override(text)
-      configuration = try Configuration.read(override.node, over: configuration, override.place)
-    }
+    let unread = configuration.apply(
+      options.map { "\($0.key)=\($0.value)" }, named: options.map { "\($0.option) \($0.value)" })
+    if let error = ConfigurationError(unread) { throw error }
     return configuration
+  }
+
+  /// Applies what can be read of `overrides`, and returns what cannot.
+  private mutating func apply(_ overrides: [String], named names: [String]? = nil) -> [ConfigurationError] {
+    var unread: [ConfigurationError] = []
+    for (i, text) in overrides.enumerated() {
+      do throws(ConfigurationError) {
+        let override = try Override(text, named: names?[i])
+        self = try Configuration.read(override.node, over: self, override.place)
+        unread += override.place.problems.list
+      } catch {
+        unread.append(error)
+      }
+    }
+    return unread
   }
 
   /// Turns a relative `path` that only `folder` has into an absolute one.

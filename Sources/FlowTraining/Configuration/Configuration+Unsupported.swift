@@ -2,19 +2,14 @@ extension Configuration {
   /// What the configuration can say and this version cannot do: shrinks as features arrive.
   private static var unsupported: [(path: String, supported: String, value: (Configuration) -> String?)] {
     [
-      ("loss.anchor", "rollout", { $0.loss.anchor == .rollout ? nil : $0.loss.anchor.rawValue }),
-      (
-        "chunk.plan", "step, sequence, fixed:n, list:a,b,…, adaptive or adaptive-shared",
-        { $0.chunk.plan == "auto" ? "auto" : nil }
-      ),
+      ("loss.anchor", "rollout", { $0.loss.anchor == .rollout ? nil : $0.loss.anchor.rawValue })
     ]
   }
 
-  func refuseUnsupported() throws(ConfigurationError) {
-    for row in Configuration.unsupported {
-      if let value = row.value(self) {
-        throw .unsupported(path: row.path, value: value, supported: row.supported)
-      }
+  /// Every such value.
+  var unsupportedValues: [ConfigurationError] {
+    Configuration.unsupported.compactMap { row in
+      row.value(self).map { .unsupported(path: row.path, value: $0, supported: row.supported) }
     }
   }
 }

@@ -5,110 +5,149 @@ extension Configuration {
   ///
   /// Not checked here: whether the model and the prompts exist, which sizes the model takes, and whether a
   /// reward is known; their owners do.
-  /// - Throws: ``ConfigurationError/invalid(path:reason:)`` or
-  ///   ``ConfigurationError/unsupported(path:value:supported:)``.
+  /// - Throws: ``ConfigurationError/invalid(path:reason:)``, ``ConfigurationError/unsupported(path:value:supported:)``, or
+  ///   ``ConfigurationError/several(_:)`` for all that are wrong at once.
   public func validate() throws(ConfigurationError) {
-    try validateSources()
-    try validateSampling()
-    try validateGroupAndOptim()
-    try validateLoss()
-    try validateChunks()
-    try validateTrainable()
-    try validateRun()
-    try refuseUnsupported()
+    if let error = ConfigurationError(problems) { throw error }
   }
 
-  private func validateSources() throws(ConfigurationError) {
+  /// Everything that ``validate()`` refuses.
+  var problems: [ConfigurationError] {
+    let validation = Validation(self)
+    validation.run()
+    return validation.problems + unsupportedValues
+  }
+}
+
+/// Collects what is wrong with a configuration; a check whose subject is already refused is left out.
+private final class Validation {
+  let model, output: String
+  let prompts: Configuration.Prompts
+  let rewards: [Configuration.Reward]
+  let sampling: Configuration.Sampling
+  let group: Configuration.Group
+  let chunk: Configuration.Chunk
+  let loss: Configuration.Loss
+  let optim: Configuration.Optim
+  let trainable: Configuration.Trainable
+  let ema: Configuration.EMA
+  let network: Configuration.Network
+  let runSettings: Configuration.Run
+  private(set) var problems: [ConfigurationError] = []
+
+  init(_ c: Configuration) {
+    (model, output, prompts, rewards, sampling) = (c.model, c.output, c.prompts, c.rewards, c.sampling)
+    (group, chunk, loss, optim) = (c.group, c.chunk, c.loss, c.optim)
+    (trainable, ema, network, runSettings) = (c.trainable, c.ema, c.network, c.run)
+  }
+
+  func run() {
+    validateSources()
+    validateSampling()
+    validateGroupAndOptim()
+    validateLoss()
+    validateChunks()
+    validateTrainable()
+    validateRun()
+  }
+
+  private func validateSources() {
     for (path, text) in [
       ("model", model), ("output", output), ("prompts.file", prompts.file), ("prompts.split", prompts.split),
       ("prompts.embeddings", prompts.embeddings),
     ] {
-      try require(!text.isEmpty, path, "expected a name, got an empty one")
+      require(!text.isEmpty, path, "expected a name, got an empty one")
     }
-    try require(!rewards.isEmpty, "rewards", "empty; name at least one, such as [{name: scenes}]")
+    require(!rewards.isEmpty, "rewards", "empty; name at least one, such as [{name: scenes}]")
     for (index, reward) in rewards.enumerated() {
-      try require(!reward.name.isEmpty, "rewards[\(index)].name", "missing or empty")
-      try require(
+      require(!reward.name.isEmpty, "rewards[\(index)].name", "missing or empty")
+      require(
         reward.weight.isFinite, "rewards[\(index)].weight", "expected a finite number, got \(reward.weight)")
       let twin = rewards[..<index].firstIndex { $0.name == reward.name && $0.score == reward.score }
-      try require(
+      require(
         twin == nil, "rewards[\(index)]",
         "same name and score as rewards[\(twin ?? 0)]; add up their weights in one")
     }
-    try require(rewards.contains { $0.weight != 0 }, "rewards", "every weight is 0, nothing would be learned")
+    require(
+      rewards.isEmpty || rewards.contains { $0.weight != 0 }, "rewards",
+      "every weight is 0, nothing would be learned")
   }
 
-  private func validateSampling() throws(ConfigurationError) {
-    try atLeast(2, sampling.steps, "sampling.steps", "the last step is never trained on")
-    try positive(sampling.shift, "sampling.shift")
-    if let guidance = sampling.guidance { try notNegative(guidance, "sampling.guidance") }
-    if let length = sampling.textLength { try atLeast(1, length, "sampling.textLength") }
-    try atLeast(1, sampling.height, "sampling.height")
-    try atLeast(1, sampling.width, "sampling.width")
-    try require(
+  private func validateSampling() {
+    atLeast(2, sampling.steps, "sampling.steps", "the last step is never trained on")
+    positive(sampling.shift, "sampling.shift")
+    if let guidance = sampling.guidance { notNegative(guidance, "sampling.guidance") }
+    if let length = sampling.textLength { atLeast(1, length, "sampling.textLength") }
+    atLeast(1, sampling.height, "sampling.height")
+    atLeast(1, sampling.width, "sampling.width")
+    require(
       sampling.step != .ode, "sampling.step",
       "an ode step has no log-probability, so it cannot be trained on; use flow-sde, dance-sde or cps")
-    try notNegative(sampling.eta, "sampling.eta")
-    try require(
+    notNegative(sampling.eta, "sampling.eta")
+    require(
       sampling.eta > 0, "sampling.eta",
       "0 makes every step deterministic: it has no log-probability, so it cannot be trained on; "
         + "use a value above 0")
-    try require(
+    require(
       sampling.step != .cps || sampling.eta <= 1, "sampling.eta",
       "expected at most 1 for sampling.step cps, got \(sampling.eta.yamlText)")
+    guard isGood("sampling.steps") else { return }
     if case .steps(let first, let last) = sampling.window {
-      try require(
+      require(
         0 <= first && first <= last && last < sampling.steps, "sampling.window",
         "expected first-last within 0-\(sampling.steps - 1) for sampling.steps \(sampling.steps), "
           + "got \(sampling.window.rawValue)")
-      try require(
+      require(
         !sampling.trainableSteps.isEmpty, "sampling.window",
         "\(sampling.window.rawValue) holds only the last step, which is never trained on")
     }
-    try validateMovingWindow()
+    validateMovingWindow()
     let deterministic = sampling.trainableSteps.count < sampling.steps - 1 || sampling.window == .drawn
     if let coarse = sampling.coarse {
-      try atLeast(1, coarse, "sampling.coarse")
-      try require(
+      atLeast(1, coarse, "sampling.coarse")
+      require(
         deterministic, "sampling.coarse",
         "sampling.window \(sampling.window.rawValue) leaves no deterministic steps to take in fewer; drop it")
     }
     guard sampling.prefix == .shared else { return }
-    try require(
+    require(
       sampling.sharedNoise != .none, "sampling.prefix",
       "shared needs samples that start from the same noise, sampling.sharedNoise is none; use group")
     var fixed = sampling.trainableSteps.lowerBound == 0
     if case .steps = sampling.window {} else { fixed = !deterministic }
-    try require(
+    require(
       !fixed, "sampling.prefix",
       "shared needs deterministic steps at the beginning, sampling.window \(sampling.window.rawValue) has none; "
         + "use each")
   }
 
   /// Windows whose place an iteration or the draw decides.
-  private func validateMovingWindow() throws(ConfigurationError) {
+  private func validateMovingWindow() {
     let window = sampling.window
     switch window {
     case .all, .steps: return
     case .drawn:
-      try require(
+      require(
         !chunk.plan.hasPrefix("adaptive"), "sampling.window",
         "drawn places the noise before the rollout, chunk.plan \(chunk.plan) follows its latents: use step, sequence, "
           + "fixed:n or list:a,b,…")
-      try require(
+      require(
         !chunk.draw.hasPrefix("weighted"), "sampling.window",
         "drawn draws before the rollout, chunk.draw \(chunk.draw) weighs by its latents: use uniform or only:a,b,…"
       )
     case .sliding(let width, _, _), .random(let width):
-      try require(
+      require(
+        chunk.plan != "auto", "sampling.window",
+        "\(window.rawValue) moves, chunk.plan auto has one plan for the whole run: use chunk.plan adaptive")
+      require(
         1..<sampling.steps ~= width, "sampling.window",
         "expected a width of 1 to \(sampling.steps - 1), the trainable steps, got \(window.rawValue)")
       if case .sliding(_, let stride, let iterations) = window {
-        try require(
+        require(
           stride > 0 && iterations > 0, "sampling.window",
           "expected a stride and iterations of 1 or more, got \(window.rawValue)")
       } else {
-        try require(
+        require(
           chunk.plan != "adaptive-shared", "sampling.window",
           "\(window.rawValue) has other steps for every group, adaptive-shared has one plan: use chunk.plan adaptive"
         )
@@ -116,117 +155,123 @@ extension Configuration {
     }
   }
 
-  private func validateGroupAndOptim() throws(ConfigurationError) {
-    try atLeast(2, group.size, "group.size", "an advantage compares the samples of one prompt")
-    try atLeast(1, group.promptsPerIteration, "group.promptsPerIteration")
+  private func validateGroupAndOptim() {
+    atLeast(2, group.size, "group.size", "an advantage compares the samples of one prompt")
+    atLeast(1, group.promptsPerIteration, "group.promptsPerIteration")
     let samples = group.size.multipliedReportingOverflow(by: group.promptsPerIteration)
-    try require(!samples.overflow, "group.size", "times group.promptsPerIteration is too large")
-    try positive(optim.lr, "optim.lr")
-    try notNegative(optim.weightDecay, "optim.weightDecay")
-    try require(
+    require(!samples.overflow, "group.size", "times group.promptsPerIteration is too large")
+    positive(optim.lr, "optim.lr")
+    notNegative(optim.weightDecay, "optim.weightDecay")
+    require(
       optim.betas.count == 2 && optim.betas.allSatisfy { 0 <= $0 && $0 < 1 }, "optim.betas",
-      "expected two numbers in [0, 1), got \(Configuration.text(optim.betas))")
-    try positive(optim.eps, "optim.eps")
-    try positive(optim.maxGradNorm, "optim.maxGradNorm")
-    try atLeast(1, optim.updatesPerIteration, "optim.updatesPerIteration")
-    try require(
-      optim.updatesPerIteration <= samples.partialValue, "optim.updatesPerIteration",
+      "expected two numbers in [0, 1), got \(Self.text(optim.betas))")
+    positive(optim.eps, "optim.eps")
+    positive(optim.maxGradNorm, "optim.maxGradNorm")
+    atLeast(1, optim.updatesPerIteration, "optim.updatesPerIteration")
+    require(
+      optim.updatesPerIteration <= samples.partialValue || !isGood("group.size", "group.promptsPerIteration"),
+      "optim.updatesPerIteration",
       "\(optim.updatesPerIteration) updates need as many samples, group.size \(group.size) times "
         + "group.promptsPerIteration \(group.promptsPerIteration) makes \(samples.partialValue)")
-    try atLeast(1, optim.microBatch, "optim.microBatch")
+    atLeast(1, optim.microBatch, "optim.microBatch")
   }
 
-  private func validateLoss() throws(ConfigurationError) {
-    try require(
+  private func validateLoss() {
+    require(
       loss.clip.count == 2 && loss.clip.allSatisfy { $0 > 0 && $0.isFinite }, "loss.clip",
-      "expected two numbers above 0, [lower, upper], got \(Configuration.text(loss.clip))")
-    try positive(loss.advantageClip, "loss.advantageClip")
-    try notNegative(loss.kl, "loss.kl")
-    try require(
+      "expected two numbers above 0, [lower, upper], got \(Self.text(loss.clip))")
+    positive(loss.advantageClip, "loss.advantageClip")
+    notNegative(loss.kl, "loss.kl")
+    require(
       loss.kl == 0 || trainable.kind == .lora, "loss.kl",
       "the reference is the network without its adapter, trainable.kind full has none: use 0, or trainable.kind lora"
     )
-    try require(
+    require(
       loss.kl == 0 || sampling.step != .cps || loss.klForm != .flowGRPO, "loss.klForm",
       "flowGRPO divides by g, which sampling.step cps does not have; use exact or k3")
   }
 
-  private func validateTrainable() throws(ConfigurationError) {
+  private func validateTrainable() {
     if trainable.kind == .lora {
-      try atLeast(1, trainable.rank, "trainable.rank")
-      try positive(trainable.alpha, "trainable.alpha")
-      try require(
+      atLeast(1, trainable.rank, "trainable.rank")
+      positive(trainable.alpha, "trainable.alpha")
+      require(
         !trainable.targets.isEmpty && !trainable.targets.contains(""), "trainable.targets",
         "expected names of linear layers such as [to_q, to_v], got \(trainable.targets)")
       for target in trainable.targets {
-        try require(
+        require(
           (try? LoRATargets([target])) != nil, "trainable.targets", "\(target) is not a regular expression")
       }
     }
-    try require(
+    require(
       0 <= ema.decay && ema.decay < 1, "ema.decay", "expected a number in [0, 1), got \(ema.decay.yamlText)")
-    try require(
+    require(
       network.memory == nil || network.memoryBytes != nil, "network.memory",
       "expected a size such as 80GiB or 24GB, got \"\(network.memory ?? "")\"")
     if case .every(let n) = network.checkpointing {
-      try atLeast(1, n, "network.checkpointing", "every:n counts blocks")
+      atLeast(1, n, "network.checkpointing", "every:n counts blocks")
     }
-    try require(
+    require(
       network.weights == .model || trainable.kind == .lora, "network.weights",
       "\(network.weights.rawValue) keeps weights that are not trained, trainable.kind full trains all; "
         + "use model, or trainable.kind lora")
   }
 
-  private func validateRun() throws(ConfigurationError) {
-    try atLeast(1, run.iterations, "run.iterations")
-    try atLeast(1, run.checkpointEvery, "run.checkpointEvery")
-    try atLeast(1, run.keep, "run.keep", "a run resumes from its newest checkpoint")
-    try atLeast(0, run.samplesEvery, "run.samplesEvery", "0 writes none")
-    try atLeast(0, run.evaluateEvery, "run.evaluateEvery", "0 makes none")
-    if let name = run.stopReward {
-      try require(
+  private func validateRun() {
+    atLeast(1, runSettings.iterations, "run.iterations")
+    atLeast(1, runSettings.checkpointEvery, "run.checkpointEvery")
+    atLeast(1, runSettings.keep, "run.keep", "a run resumes from its newest checkpoint")
+    atLeast(0, runSettings.samplesEvery, "run.samplesEvery", "0 writes none")
+    atLeast(0, runSettings.evaluateEvery, "run.evaluateEvery", "0 makes none")
+    if let name = runSettings.stopReward {
+      require(
         rewards.contains { $0.name == name }, "run.stopReward",
         "expected one of the rewards (\(rewards.map(\.name).joined(separator: ", "))), got \"\(name)\"")
-      try require(run.evaluateEvery > 0, "run.stopReward", "needs evaluations: set run.evaluateEvery")
+      require(runSettings.evaluateEvery > 0, "run.stopReward", "needs evaluations: set run.evaluateEvery")
     }
   }
 
-  private func validateChunks() throws(ConfigurationError) {
+  private func validateChunks() {
     for (path, share) in [("chunk.fraction", chunk.fraction), ("chunk.stepFraction", chunk.stepFraction)] {
-      try require(share > 0 && share <= 1, path, "expected a number in (0, 1], got \(share.yamlText)")
+      require(share > 0 && share <= 1, path, "expected a number in (0, 1], got \(share.yamlText)")
     }
-    try atLeast(1, chunk.stopSize, "chunk.stopSize")
-    try atLeast(1, chunk.minChunk, "chunk.minChunk")
+    atLeast(1, chunk.stopSize, "chunk.stopSize")
+    atLeast(1, chunk.minChunk, "chunk.minChunk")
     let largest = chunk.stopSize / 2 + chunk.stopSize % 2
-    try require(
-      chunk.minChunk <= largest, "chunk.minChunk",
+    require(
+      chunk.minChunk <= largest || !isGood("chunk.stopSize"), "chunk.minChunk",
       "expected at most \(largest), half of chunk.stopSize \(chunk.stopSize) rounded up, "
         + "got \(chunk.minChunk)")
-    try require(
+    require(
       chunk.timeWeight != .tempflow || sampling.step != .cps, "chunk.timeWeight",
       "tempflow needs g, which sampling.step cps does not have; use equalised or another kind of step")
-    let chunks = try chunkCount()
-    if let drawn = try drawnChunks() {
-      guard let chunks else {
-        throw .invalid(
-          path: "chunk.draw",
-          reason: "\(chunk.draw) names chunks, chunk.plan \(chunk.plan) has others for every rollout: "
-            + "use uniform or weighted, or another plan")
-      }
-      if let outside = drawn.first(where: { $0 >= chunks }) {
-        throw .invalid(
-          path: "chunk.draw",
-          reason: "chunk \(outside) is not in 0...\(chunks - 1), those of chunk.plan \(chunk.plan)")
-      }
+    let chunks = chunkCount()
+    guard let drawn = drawnChunks(), isGood("sampling.steps", "sampling.window", "chunk.plan") else { return }
+    if let chunks {
+      let outside = drawn.first { $0 >= chunks }
+      require(
+        outside == nil, "chunk.draw",
+        "chunk \(outside ?? 0) is not in 0...\(chunks - 1), those of chunk.plan \(chunk.plan)")
+    } else {
+      require(
+        false, "chunk.draw",
+        "\(chunk.draw) names chunks, chunk.plan \(chunk.plan) "
+          + (chunk.plan == "auto" ? "is made after a pilot: " : "has others for every rollout: ")
+          + "use uniform or weighted, or another plan")
     }
   }
 
   /// Number of chunks of the plan, nil where it depends on the trajectory.
-  private func chunkCount() throws(ConfigurationError) -> Int? {
+  private func chunkCount() -> Int? {
     let trained = sampling.trainableSteps.count
-    let (kind, argument) = Configuration.split(chunk.plan)
+    let (kind, argument) = Self.split(chunk.plan)
     switch (kind, argument) {
-    case ("adaptive", nil), ("adaptive-shared", nil), ("auto", nil): return nil
+    case ("adaptive", nil), ("adaptive-shared", nil), ("auto", nil):
+      require(
+        chunk.minChunk <= trained || !isGood("sampling.steps", "sampling.window"), "chunk.minChunk",
+        "\(chunk.minChunk) steps do not fit in the \(trained) trainable ones: lower it, or raise sampling.steps"
+      )
+      return nil
     case ("step", nil): return trained
     case ("sequence", nil): return 1
     case ("fixed", let argument?):
@@ -236,33 +281,33 @@ extension Configuration {
       guard let sizes = Configuration.counts(argument), !sizes.contains(0) else { break }
       let covered = sizes.reduce(0, +)
       let windowed = sampling.window != .all
-      try require(
-        covered == trained, "chunk.plan",
+      require(
+        covered == trained || !isGood("sampling.steps", "sampling.window"), "chunk.plan",
         "chunks \(sizes) cover \(covered) steps, sampling.steps \(sampling.steps)"
           + (windowed ? " with sampling.window \(sampling.window.rawValue)" : "")
           + " has \(trained) trainable: change chunk.plan or sampling.\(windowed ? "window" : "steps")")
       return sizes.count
     default: break
     }
-    throw .invalid(
-      path: "chunk.plan",
-      reason:
-        "expected step, sequence, fixed:n, list:a,b,… (sizes of 1 or more), adaptive, adaptive-shared "
+    require(
+      false, "chunk.plan",
+      "expected step, sequence, fixed:n, list:a,b,… (sizes of 1 or more), adaptive, adaptive-shared "
         + "or auto, got \"\(chunk.plan)\"")
+    return nil
   }
 
   /// Chunks of an `only:` draw, nil where chance decides.
-  private func drawnChunks() throws(ConfigurationError) -> [Int]? {
-    let (kind, argument) = Configuration.split(chunk.draw)
+  private func drawnChunks() -> [Int]? {
+    let (kind, argument) = Self.split(chunk.draw)
     if ["uniform", "weighted", "weighted:normalised", "weighted:softmax"].contains(chunk.draw) { return nil }
     if kind == "only", let argument, let chunks = Configuration.counts(argument) {
-      try require(Set(chunks).count == chunks.count, "chunk.draw", "\(chunk.draw) names a chunk twice")
+      require(Set(chunks).count == chunks.count, "chunk.draw", "\(chunk.draw) names a chunk twice")
       return chunks
     }
-    throw .invalid(
-      path: "chunk.draw",
-      reason:
-        "expected uniform, weighted, weighted:softmax or only:a,b,… (chunks from 0), got \"\(chunk.draw)\"")
+    require(
+      false, "chunk.draw",
+      "expected uniform, weighted, weighted:softmax or only:a,b,… (chunks from 0), got \"\(chunk.draw)\"")
+    return nil
   }
 
   /// `kind:argument`, or `kind` alone.
@@ -275,21 +320,21 @@ extension Configuration {
     "[" + numbers.map(\.yamlText).joined(separator: ", ") + "]"
   }
 
-  private func require(
-    _ condition: Bool, _ path: String, _ reason: @autoclosure () -> String
-  ) throws(ConfigurationError) {
-    if !condition { throw .invalid(path: path, reason: reason()) }
+  /// Whether nothing has been refused yet at these keys.
+  private func isGood(_ paths: String...) -> Bool { !problems.contains { paths.contains($0.path ?? "") } }
+
+  /// Refuses a value, once.
+  private func require(_ condition: Bool, _ path: String, _ reason: @autoclosure () -> String) {
+    if !condition, isGood(path) { problems.append(.invalid(path: path, reason: reason())) }
   }
-  private func atLeast(
-    _ bound: Int, _ value: Int, _ path: String, _ why: String? = nil
-  ) throws(ConfigurationError) {
-    try require(
+  private func atLeast(_ bound: Int, _ value: Int, _ path: String, _ why: String? = nil) {
+    require(
       value >= bound, path, "expected at least \(bound), got \(value)" + (why.map { ": \($0)" } ?? ""))
   }
-  private func positive(_ value: Double, _ path: String) throws(ConfigurationError) {
-    try require(value > 0 && value.isFinite, path, "expected a number above 0, got \(value.yamlText)")
+  private func positive(_ value: Double, _ path: String) {
+    require(value > 0 && value.isFinite, path, "expected a number above 0, got \(value.yamlText)")
   }
-  private func notNegative(_ value: Double, _ path: String) throws(ConfigurationError) {
-    try require(value >= 0 && value.isFinite, path, "expected a number of 0 or more, got \(value.yamlText)")
+  private func notNegative(_ value: Double, _ path: String) {
+    require(value >= 0 && value.isFinite, path, "expected a number of 0 or more, got \(value.yamlText)")
   }
 }

@@ -22,8 +22,29 @@ public enum ConfigurationError: Error, CustomStringConvertible, Sendable, Equata
   case invalid(path: String, reason: String)
   /// A value that makes sense, but is not implemented.
   case unsupported(path: String, value: String, supported: String)
+  /// All that is wrong, two or more of the others.
+  indirect case several([ConfigurationError])
 
-  /// One line: what, where, expected, got, and the way out.
+  /// One error for `problems`; nil if there are none.
+  init?(_ problems: [ConfigurationError]) {
+    guard let first = problems.first else { return nil }
+    self = problems.count == 1 ? first : .several(problems)
+  }
+
+  /// The errors it stands for.
+  var all: [ConfigurationError] { if case .several(let errors) = self { errors } else { [self] } }
+
+  /// The key of a value that is refused, or that was meant.
+  var path: String? {
+    switch self {
+    case .unknownKey(_, _, let path), .wrongType(_, let path, _, _), .invalid(let path, _),
+      .unsupported(let path, _, _), .fixedOnResume(_, let path):
+      path
+    default: nil
+    }
+  }
+
+  /// What, where, expected, got, and the way out: one line, or a line each under the number of them.
   public var description: String {
     switch self {
     case .unreadable(let file, let reason): "\(file): \(reason)"
@@ -41,6 +62,7 @@ public enum ConfigurationError: Error, CustomStringConvertible, Sendable, Equata
     case .invalid(let path, let reason): "\(path): \(reason)"
     case .unsupported(let path, let value, let supported):
       "\(path): \(value) is not implemented in this version; use \(supported)"
+    case .several(let errors): "\(errors.count) problems\n" + errors.map { "  \($0)" }.joined(separator: "\n")
     }
   }
 }

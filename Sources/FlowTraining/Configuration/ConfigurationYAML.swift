@@ -9,12 +9,21 @@ extension Configuration {
     /// File name, or the `--set` option as written.
     let source: String
     let isFile: Bool
-    var path = ""
+    private(set) var path = ""
+    /// What a section could not read and went on without; all places of one source share it.
+    let problems = Problems()
 
-    subscript(key: String) -> Place {
-      Place(source: source, isFile: isFile, path: path.isEmpty ? key : "\(path).\(key)")
+    init(source: String, isFile: Bool) { (self.source, self.isFile) = (source, isFile) }
+
+    final class Problems { var list: [ConfigurationError] = [] }
+
+    private func at(path: String) -> Place {
+      var place = self
+      place.path = path
+      return place
     }
-    subscript(index: Int) -> Place { Place(source: source, isFile: isFile, path: "\(path)[\(index)]") }
+    subscript(key: String) -> Place { at(path: path.isEmpty ? key : "\(path).\(key)") }
+    subscript(index: Int) -> Place { at(path: "\(path)[\(index)]") }
 
     func at(_ mark: Mark?) -> String {
       if isFile, let mark { "\(source):\(mark.line)" } else { source }
@@ -43,7 +52,7 @@ extension Configuration {
   /// A scalar that is one of a few words.
   protocol Choice: Scalar, RawRepresentable, Codable, Sendable, Equatable where RawValue == String {}
 
-  /// A mapping with known keys.
+  /// A mapping with known keys. What is wrong inside is left as it was and goes to the place's problems.
   protocol Section: Value {
     init()
     static var fields: [Field<Self>] { get }
@@ -207,11 +216,14 @@ extension Configuration.Section {
     for (key, value) in mapping {
       let name = key.scalar?.string ?? key.summary
       guard let field = fields.first(where: { $0.name == name }) else {
-        throw .unknownKey(
-          at: place.at(key.mark), path: place[name].path,
-          nearest: Configuration.nearestKey(to: name, among: fields.map(\.name), in: place, elsewhere: known))
+        place.problems.list.append(
+          .unknownKey(
+            at: place.at(key.mark), path: place[name].path,
+            nearest: Configuration.nearestKey(
+              to: name, among: fields.map(\.name), in: place, elsewhere: known)))
+        continue
       }
-      try field.read(&section, value, place)
+      do { try field.read(&section, value, place) } catch { place.problems.list.append(error) }
     }
     return section
   }

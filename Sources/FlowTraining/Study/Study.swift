@@ -91,7 +91,9 @@ public struct Study: Sendable, Equatable {
     guard let node = try Configuration.compose(text, place), !node.isNull else {
       throw .invalid(path: source, reason: "empty; a study needs base, arms and seeds")
     }
-    return try read(node, over: nil, place)
+    let study = try read(node, over: nil, place)
+    if let error = ConfigurationError(place.problems.list) { throw error }
+    return study
   }
 }
 
