@@ -2,11 +2,10 @@ extension Configuration {
   /// What the configuration can say and this version cannot do: shrinks as features arrive.
   private static var unsupported: [(path: String, supported: String, value: (Configuration) -> String?)] {
     [
-      ("loss.anchor", "rollout", { $0.loss.anchor == .rollout ? nil : $0.loss.anchor.rawValue }),
       (
         "chunk.plan", "step, sequence, fixed:n, list:a,b,…, adaptive or adaptive-shared",
         { $0.chunk.plan == "auto" ? "auto" : nil }
-      ),
+      )
     ]
   }
 

@@ -121,6 +121,10 @@ extension Configuration {
     try atLeast(1, group.promptsPerIteration, "group.promptsPerIteration")
     let samples = group.size.multipliedReportingOverflow(by: group.promptsPerIteration)
     try require(!samples.overflow, "group.size", "times group.promptsPerIteration is too large")
+    try require(
+      group.statistics == .group || aggregate == .sum, "group.statistics",
+      "running compares with rewards of earlier iterations, aggregate normalised leaves none that compare: its z-scores "
+        + "have mean 0 in every group; use aggregate sum, or group.statistics group")
     try positive(optim.lr, "optim.lr")
     try notNegative(optim.weightDecay, "optim.weightDecay")
     try require(
@@ -142,10 +146,6 @@ extension Configuration {
       "expected two numbers above 0, [lower, upper], got \(Configuration.text(loss.clip))")
     try positive(loss.advantageClip, "loss.advantageClip")
     try notNegative(loss.kl, "loss.kl")
-    try require(
-      loss.kl == 0 || trainable.kind == .lora, "loss.kl",
-      "the reference is the network without its adapter, trainable.kind full has none: use 0, or trainable.kind lora"
-    )
     try require(
       loss.kl == 0 || sampling.step != .cps || loss.klForm != .flowGRPO, "loss.klForm",
       "flowGRPO divides by g, which sampling.step cps does not have; use exact or k3")
