@@ -308,6 +308,7 @@ int32_t ctorch_peak_memory(int64_t *bytes, int32_t device, int32_t index) {
 }
 int32_t ctorch_reset_peak_memory(int32_t device, int32_t index) {
   return guarded([&] {
+    if (device == CTORCH_CPU) return chunkgrpo::release_kept_buffers();
     TORCH_CHECK(at::detail::getCUDAHooks().hasCUDA(), "no CUDA device");
     c10::getDeviceAllocator(kind(device))->resetPeakStats(static_cast<c10::DeviceIndex>(index));
   });

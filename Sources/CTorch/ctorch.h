@@ -42,6 +42,7 @@ CTORCH_API bool ctorch_has_bfloat16_matmul(void);  /* CPU with native bfloat16 d
 CTORCH_API int32_t ctorch_synchronize(int32_t device, int32_t index);
 /* Most bytes the device's allocator has held since the last reset; CUDA only. */
 CTORCH_API int32_t ctorch_peak_memory(int64_t *bytes, int32_t device, int32_t index);
+/* On the CPU: gives back to the system what is kept and not in use. */
 CTORCH_API int32_t ctorch_reset_peak_memory(int32_t device, int32_t index);
 /* Counts what the CPU allocator hands out on this thread until _end, which gives the most held at a time. */
 CTORCH_API int32_t ctorch_watch_begin(void);

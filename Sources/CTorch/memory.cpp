@@ -33,11 +33,6 @@ class KeepingAllocator final : public c10::Allocator {
   size_t held = 0;
   const size_t limit = std::min(size_t(1) << 30, size_t(sysconf(_SC_PHYS_PAGES)) / 16 * size_t(sysconf(_SC_PAGESIZE)));
 
-  static KeepingAllocator *&instance() {
-    static KeepingAllocator *it = nullptr;
-    return it;
-  }
-
   void *take(size_t bytes) {
     const size_t size = (bytes + page - 1) / page * page;
     {
@@ -70,6 +65,35 @@ class KeepingAllocator final : public c10::Allocator {
     madvise(memory, size, MADV_HUGEPAGE);
     return memory;
   }
+  /* Its size; 0 if it is not ours. */
+  size_t forget(void *memory) {
+    const std::lock_guard lock(mutex);
+    const auto found = used.find(memory);
+    const size_t size = found == used.end() ? 0 : found->second;
+    if (size) used.erase(found);
+    return size;
+  }
+  void keep(void *memory, size_t size) {
+    {
+      const std::lock_guard lock(mutex);
+      kept.push_back({memory, size});
+      held += size;
+    }
+    drop(limit);
+  }
+  static void release(void *memory) {
+    const size_t size = instance()->forget(memory);
+    if (size == 0) return c10::GetDefaultCPUAllocator()->raw_deleter()(memory);
+    // Reported before another thread can have it.
+    c10::profiledCPUMemoryReporter().Delete(memory);
+    instance()->keep(memory, size);
+  }
+
+ public:
+  static KeepingAllocator *instance() {
+    static KeepingAllocator *const it = new KeepingAllocator;  // lives as long as any buffer may
+    return it;
+  }
   /* Gives the longest unused back until no more than `most` bytes are kept. */
   void drop(size_t most) {
     const std::lock_guard lock(mutex);
@@ -79,25 +103,6 @@ class KeepingAllocator final : public c10::Allocator {
       kept.pop_front();
     }
   }
-  bool keep(void *memory) {
-    {
-      const std::lock_guard lock(mutex);
-      const auto found = used.find(memory);
-      if (found == used.end()) return false;
-      kept.push_back({memory, found->second});
-      held += found->second;
-      used.erase(found);
-    }
-    drop(limit);
-    return true;
-  }
-  static void release(void *memory) {
-    if (!instance()->keep(memory)) return c10::GetDefaultCPUAllocator()->raw_deleter()(memory);
-    c10::profiledCPUMemoryReporter().Delete(memory);
-  }
-
- public:
-  KeepingAllocator() { instance() = this; }
   c10::DataPtr allocate(size_t bytes) override {
     if (bytes < large) return c10::GetDefaultCPUAllocator()->allocate(bytes);
     void *memory = take(bytes);
@@ -110,8 +115,10 @@ class KeepingAllocator final : public c10::Allocator {
 
 }  // namespace
 
-void keep_large_buffers() { c10::SetCPUAllocator(new KeepingAllocator, 1); }
+void keep_large_buffers() { c10::SetCPUAllocator(KeepingAllocator::instance(), 1); }
+void release_kept_buffers() { KeepingAllocator::instance()->drop(0); }
 #else
 void keep_large_buffers() {}
+void release_kept_buffers() {}
 #endif
 }  // namespace chunkgrpo

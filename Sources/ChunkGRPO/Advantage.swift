@@ -33,11 +33,63 @@ public enum AdvantageStd: String, Codable, CaseIterable, Sendable {
   case global
 }
 
+/// The rewards of one prompt seen so far, as far as advantages need them: `group.statistics: running`.
+///
+/// Two runs that add the same batches in the same order have the same bits, and a single batch has those of its own
+/// mean and standard deviation.
+public struct RewardStatistics: Sendable, Equatable {
+  /// How many.
+  public private(set) var count = 0
+  /// Their mean.
+  public private(set) var mean = 0.0
+  /// Σ (R − mean)².
+  public private(set) var squares = 0.0
+  /// The smallest and the largest.
+  public private(set) var low = Double.infinity, high = -Double.infinity
+
+  /// No rewards yet.
+  public init() {}
+
+  /// Takes in finite rewards, all at once.
+  ///
+  /// Chan, Golub, LeVeque: the squares of two parts about the common mean differ from those about their own by
+  /// δ²·n·m/(n + m), δ being the difference of their means.
+  public mutating func add(_ rewards: [Double]) {
+    guard !rewards.isEmpty else { return }
+    let own = rewards.reduce(0, +) / Double(rewards.count)
+    let about = rewards.reduce(0) { $0 + ($1 - own) * ($1 - own) }
+    let (n, m) = (Double(count), Double(rewards.count))
+    let delta = own - mean
+    (mean, squares) =
+      count == 0
+      ? (own, about)
+      : (
+        mean + delta * m / (n + m), squares + about + delta * delta * n * m / (n + m)
+      )
+    count += rewards.count
+    (low, high) = (min(low, rewards.min()!), max(high, rewards.max()!))
+  }
+
+  /// With n − 1; 0 for fewer than two.
+  public var standardDeviation: Double { count > 1 ? (squares / Double(count - 1)).squareRoot() : 0 }
+  /// Whether two of them differ: asked of the rewards, as equal ones can leave rounding noise.
+  public var varies: Bool { count > 1 && low != high }
+
+  /// Everything, to be stored; ``init(values:)`` restores it bit for bit.
+  public var values: [Double] { [Double(count), mean, squares, low, high] }
+  /// From ``values``; nil for anything else.
+  public init?(values: [Double]) {
+    guard values.count == 5, let count = Int(exactly: values[0]), count >= 0 else { return nil }
+    (self.count, mean, squares, low, high) = (count, values[1], values[2], values[3], values[4])
+  }
+}
+
 /// Group-relative advantages A_k = (R_k − mean) / (std + 1e-8), std with n − 1.
 public struct Advantages: Sendable, Equatable {
   /// One advantage a sample, group after group; 0 for masked samples.
   public let values: [Double]
-  /// Groups whose unmasked rewards are all equal or fewer than two: their advantages are 0.
+  /// Groups whose unmasked rewards (with running statistics: those of the prompt so far) are all equal or fewer than
+  /// two: their advantages are 0.
   public let zeroGroups: Int
   /// Samples left out because their reward failed.
   public let masked: Int
@@ -62,11 +114,15 @@ public struct Advantages: Sendable, Equatable {
   ///   - masked: true for samples to leave out, shaped like `rewards`; nil leaves out none.
   ///   - std: which standard deviation divides.
   ///   - clamp: largest magnitude.
+  ///   - running: for each group the rewards of its prompt seen so far, these included: their mean and standard
+  ///     deviation then stand for the group's own; nil for the group's own.
   /// - Returns: values in the order of `rewards`, flattened.
   /// - Throws: ``AdvantageError``.
   public static func groups(
-    rewards: [[Double]], masked: [[Bool]]? = nil, std: AdvantageStd = .group, clamp: Double = 5
+    rewards: [[Double]], masked: [[Bool]]? = nil, std: AdvantageStd = .group, clamp: Double = 5,
+    running: [RewardStatistics]? = nil
   ) throws(AdvantageError) -> Advantages {
+    precondition(running.map { $0.count == rewards.count } ?? true, "running statistics: one a group")
     let masked = masked ?? rewards.map { $0.map { _ in false } }
     guard masked.count == rewards.count else {
       throw .shapeMismatch(expected: rewards.count, got: masked.count)
@@ -75,11 +131,13 @@ public struct Advantages: Sendable, Equatable {
     let kept = zip(rewards, masked).map { zip($0, $1).filter { !$1 }.map(\.0) }
     let all = kept.flatMap { $0 }
     let global = std == .global && !all.isEmpty ? moments(all).standardDeviation : nil
-    let values = zip(rewards, masked).flatMap {
-      standardised($0, masked: $1, standardDeviation: global).map { min(max($0, -clamp), clamp) }
+    let statistics = running ?? kept.map(statistics)
+    let values = rewards.indices.flatMap { g in
+      standardised(rewards[g], masked: masked[g], statistics[g], standardDeviation: global)
+        .map { min(max($0, -clamp), clamp) }
     }
     return Advantages(
-      values: values, zeroGroups: kept.filter { !varies($0) }.count,
+      values: values, zeroGroups: statistics.filter { !$0.varies }.count,
       masked: masked.reduce(0) { $0 + $1.filter { $0 }.count })
   }
 
@@ -95,20 +153,20 @@ public struct Advantages: Sendable, Equatable {
   }
 }
 
-/// Whether at least two rewards differ: asked of the rewards themselves, as equal ones can leave a standard
-/// deviation of rounding noise.
-private func varies(_ rewards: [Double]) -> Bool {
-  rewards.count > 1 && rewards.min() != rewards.max()
+/// Those of `rewards` alone.
+private func statistics(_ rewards: [Double]) -> RewardStatistics {
+  var result = RewardStatistics()
+  result.add(rewards)
+  return result
 }
 
-/// (R − mean) / (std + 1e-8) of the unmasked members, 0 for the others and when all are equal.
+/// (R − mean) / (std + 1e-8) of the unmasked members, 0 for the others and when all of the statistics are equal.
 private func standardised(
-  _ rewards: [Double], masked: [Bool], standardDeviation: Double? = nil
+  _ rewards: [Double], masked: [Bool], _ statistics: RewardStatistics, standardDeviation: Double? = nil
 ) -> [Double] {
-  let kept = zip(rewards, masked).filter { !$1 }.map(\.0)
-  guard varies(kept) else { return rewards.map { _ in 0 } }
-  let (mean, own) = moments(kept)
-  return zip(rewards, masked).map { $1 ? 0 : ($0 - mean) / ((standardDeviation ?? own) + 1e-8) }
+  guard statistics.varies else { return rewards.map { _ in 0 } }
+  let divisor = (standardDeviation ?? statistics.standardDeviation) + 1e-8
+  return zip(rewards, masked).map { $1 ? 0 : ($0 - statistics.mean) / divisor }
 }
 
 /// How several rewards become one: the configuration's `aggregate`.
@@ -138,7 +196,8 @@ public enum RewardAggregate: String, Codable, CaseIterable, Sendable {
         throw .shapeMismatch(expected: first.count, got: reward.count)
       }
       try Advantages.check(reward, masked: masked, group: 0)
-      let values = self == .sum ? reward : standardised(reward, masked: masked)
+      let kept = zip(reward, masked).filter { !$1 }.map(\.0)
+      let values = self == .sum ? reward : standardised(reward, masked: masked, statistics(kept))
       for i in total.indices where !masked[i] { total[i] += weight * values[i] }
     }
     return total

@@ -10,6 +10,23 @@ public enum RatioKind: String, Codable, CaseIterable, Sendable {
   case sequence
 }
 
+/// How a step's log-ratio is formed: the configuration's `loss.ratioNorm`.
+public enum RatioNorm: String, Codable, CaseIterable, Sendable {
+  /// log p_θ − log p_old.
+  case none
+  /// GRPO-Guard's RatioNorm, s·(log p_θ − log p_old + mean((μ_θ − μ_old)²)/(2s²)), log p that of the Gaussian for
+  /// every kind of step.
+  ///
+  /// Inserting x' = μ_old + s·ε turns it into mean(ε·(μ_θ − μ_old)), which is how it is evaluated: linear in μ_θ, its
+  /// mean over ε is 0 for every θ, where log p_θ − log p_old falls with (μ_θ − μ_old)² and lets the upper end of
+  /// the clip range idle; and its spread, |μ_θ − μ_old| over the root of the number of elements, no longer has the
+  /// step's 1/s. A ratio is still the exponential of the mean over its steps. At ratio 1 the gradient of a step is s
+  /// times that without. Clip ranges do not carry over; published with 2e-6.
+  ///
+  /// Source: arXiv 2510.22319 (GRPO-Guard), "RatioNorm"; its reweighting by 1/(−Δ) is `chunk.timeWeight: guard`.
+  case `guard`
+}
+
 /// A ratio r is clipped to 1 − low … 1 + high.
 public struct ClipRange: Sendable, Equatable, Codable {
   /// ε⁻.
@@ -42,14 +59,19 @@ public struct TrainedChunk: Sendable, Equatable {
   public let new: [Double]
   /// log p_old of each step, as many.
   public let old: [Double]
+  /// The log-ratio of each step: log p_θ − log p_old, or what ``RatioNorm`` makes of it.
+  public let changes: [Double]
   /// W_j.
   public let weight: Double
 
-  /// Log-probabilities of at least one step under both policies, and the chunk's positive weight.
-  public init(new: [Double], old: [Double], weight: Double = 1) {
+  /// Log-probabilities of at least one step under both policies, its log-ratios if they are not their difference, and
+  /// the chunk's positive weight.
+  public init(new: [Double], old: [Double], changes: [Double]? = nil, weight: Double = 1) {
     precondition(!new.isEmpty && new.count == old.count, "a chunk needs both log-probabilities of every step")
+    precondition(changes.map { $0.count == new.count } ?? true, "a chunk needs the log-ratio of every step")
     precondition(weight > 0, "a chunk's weight must be positive")
     (self.new, self.old, self.weight) = (new, old, weight)
+    self.changes = changes ?? zip(new, old).map { $0 - $1 }
   }
 }
 
@@ -62,11 +84,14 @@ public struct TrainedChunk: Sendable, Equatable {
 /// - `step`: r_i = exp(log p_θ − log p_old), Ω = ω_j;
 /// - `sequence`: r = exp(Σ ω·(log p_θ − log p_old)), Ω = 1.
 ///
-/// In all three ∂/∂log p_θ(i) = A·r·u·ω / S with u = 0 where the clip holds the objective constant: at ratio
+/// With a ``RatioNorm`` its log-ratio stands for log p_θ − log p_old.
+///
+/// In all three ∂/∂log p_θ(i), or by that log-ratio, is A·r·u·ω / S with u = 0 where the clip holds the objective constant: at ratio
 /// 1 they are the same numbers. The clip is one-sided: u = 1 if (A > 0 and r ≤ 1 + ε⁺) or (A < 0 and r ≥ 1 −
 /// ε⁻).
 public struct SampleObjective: Sendable, Equatable {
-  /// ∂value/∂log p_θ for each trained chunk and step; a minimiser's loss is −Σ coefficient·log p_θ.
+  /// ∂value/∂(log-ratio) for each trained chunk and step; without a ``RatioNorm`` that is ∂value/∂log p_θ and a
+  /// minimiser's loss −Σ coefficient·log p_θ.
   public let coefficients: [[Double]]
   /// ω/S of each trained chunk: the factor of each of its steps in a per-step penalty, such as the Gaussian
   /// KL.
@@ -93,7 +118,7 @@ public struct SampleObjective: Sendable, Equatable {
     precondition(!chunks.isEmpty && samples > 0, "an objective needs a trained chunk and a sample")
     let total = chunks.reduce(0) { $0 + $1.weight }
     let omega = chunks.map { $0.weight / (Double($0.new.count) * total) }
-    let changes = chunks.map { zip($0.new, $0.old).map { $0 - $1 } }
+    let changes = chunks.map(\.changes)
     for (j, change) in changes.enumerated() {
       if let i = change.firstIndex(where: { !exp($0).isFinite || !$0.isFinite }) {
         throw .notFinite(chunk: j, step: i, new: chunks[j].new[i], old: chunks[j].old[i])

@@ -59,6 +59,13 @@ public final class LoRAAdapter {
   /// Leaves the layers as their base.
   public func disable() { for path in layers.keys { modules.linears[path]!.adapter = nil } }
 
+  /// Runs `body` with the layers as their base.
+  public func without<R>(_ body: () throws -> R) rethrows -> R {
+    disable()
+    defer { enable() }
+    return try body()
+  }
+
   /// The trainable tensors by name: `<layer>.lora_A.weight`, `<layer>.lora_B.weight`.
   public var parameters: [String: Tensor] {
     var result: [String: Tensor] = [:]

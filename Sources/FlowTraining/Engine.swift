@@ -17,6 +17,8 @@ public final class Engine {
   public let grid: TokenGrid
   /// Rows of one forward pass.
   public let batch: Int
+  /// The network without what training made of it, for drawings that end with it: ``ModelReference/load(hybrid:)``.
+  var base: (any FlowModel)?
   private let guidance: Double?
 
   /// Loads the model folder of `configuration`.
@@ -119,8 +121,12 @@ public final class Engine {
   /// Images of `prompts`, `count` each, by the model's own schedule and the ODE: [prompts·count, 3, H, W].
   ///
   /// x_0 is a function of (seed, prompt, sample): two models given the same arguments see the same noise.
+  ///
+  /// - Parameter switchStep: hybrid inference: this many steps, 0 … `steps`, with this model and the others with its base,
+  ///   which must have been loaded beside it; nil takes this model to the end.
   public func draw(
-    _ prompts: [String], count: Int, steps: Int, seed: UInt64, check: @escaping () throws -> Void = {}
+    _ prompts: [String], count: Int, steps: Int, seed: UInt64, switchStep: Int? = nil,
+    check: @escaping () throws -> Void = {}
   )
     throws -> Tensor
   {
@@ -138,8 +144,16 @@ public final class Engine {
     }
     var sampler = rollout(table)
     sampler.beforeStep = check
-    let result = try sampler.sample(network, initial: try noise(streams), conditions: conditions) { _, _, _ in
+    var model: any FlowModel = network
+    if let step = switchStep {
+      guard let base, 0...steps ~= step else {
+        throw RunError(
+          "switch step \(step): expected 0 to \(steps), the sampling steps, and a model loaded with its base beside it"
+        )
+      }
+      model = HandoverModel(network, then: base, from: step < steps ? table.times[step] : -.infinity)
     }
+    let result = try sampler.sample(model, initial: try noise(streams), conditions: conditions) { _, _, _ in }
     return try decode(result.clean)
   }
 }

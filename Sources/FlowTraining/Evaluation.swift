@@ -19,10 +19,13 @@ public struct Evaluation: Sendable {
 
   /// Draws and scores `count` images of each prompt.
   ///
-  /// - Parameter keep: numbers of the prompts whose first image is kept.
+  /// - Parameters:
+  ///   - switchStep: see ``Engine/draw(_:count:steps:seed:switchStep:check:)``.
+  ///   - keep: numbers of the prompts whose first image is kept.
   static func run(
     _ engine: Engine, _ prompts: [Prompt], _ rewards: RewardSet, count: Int, steps: Int, seed: UInt64,
-    keep: Set<Int> = [], check: @escaping () throws -> Void = {}, progress: (Int) -> Void = { _ in }
+    switchStep: Int? = nil, keep: Set<Int> = [], check: @escaping () throws -> Void = {},
+    progress: (Int) -> Void = { _ in }
   ) throws -> Evaluation {
     var perPrompt = Dictionary(uniqueKeysWithValues: rewards.names.map { ($0, [Double]()) })
     var pictures: [Int: Image] = [:]
@@ -30,7 +33,8 @@ public struct Evaluation: Sendable {
     // Whole prompts a block, so that groups stay together.
     for block in Batches(prompts.count, of: max(engine.batch / count, 1)) {
       let some = Array(prompts[block])
-      let images = try engine.draw(some.map(\.text), count: count, steps: steps, seed: seed, check: check)
+      let images = try engine.draw(
+        some.map(\.text), count: count, steps: steps, seed: seed, switchStep: switchStep, check: check)
       let scores = try rewards.score(images, some.flatMap { [Prompt](repeating: $0, count: count) })
       for (name, values) in zip(rewards.names, scores) {
         for i in some.indices {
@@ -139,6 +143,8 @@ public struct EvaluationReport: Encodable, Sendable {
   public let rewards: [String: RewardPart]
   /// Sampling steps.
   public let steps: Int
+  /// How many of them the tuned model took before its base; absent where it took all.
+  public let switchStep: Int?
   /// Seed of the noise.
   public let seed: UInt64
   /// Part of the prompt file.
@@ -149,9 +155,9 @@ public struct EvaluationReport: Encodable, Sendable {
   public let against: String?
 
   init(
-    _ evaluation: Evaluation, against base: Evaluation?, order: [String], steps: Int, seed: UInt64,
-    split: String,
-    model: String, againstName: String?
+    _ evaluation: Evaluation, against base: Evaluation?, order: [String], steps: Int, switchStep: Int?,
+    seed: UInt64,
+    split: String, model: String, againstName: String?
   ) throws {
     func categories(_ e: Evaluation, _ name: String) throws -> [String: Part] {
       var groups: [String: [Double]] = [:]
@@ -180,6 +186,7 @@ public struct EvaluationReport: Encodable, Sendable {
     guardsAgainst = base?.guards
     collapsed = base?.guards.flatMap { evaluation.guards?.collapsed(against: $0) }
     rewards = parts
+    self.switchStep = switchStep
     (self.steps, self.seed, self.split, self.model, self.against) = (steps, seed, split, model, againstName)
   }
 }

@@ -109,6 +109,7 @@ public struct MemoryModel {
       .init(name: "adapter", bytes: full ? 0 : 4 * trained),
       .init(name: "optimizer", bytes: c.optim.offload && device != .cpu ? 0 : moments),
       .init(name: "moving average", bytes: average),
+      .init(name: "reference policy", bytes: full && c.loss.kl > 0 ? 4 * trained : 0),
       .init(
         name: "text embeddings", bytes: inMemory ? prompts * condition : min(prompts * condition, 1 << 30)),
     ].filter { $0.bytes > 0 }
@@ -132,7 +133,9 @@ public struct MemoryModel {
     let c = configuration
     let samples = c.samplesPerIteration
     let rows = Batches(samples, of: microBatch).largest
-    let trajectories = (c.sampling.steps + 2) * samples * latents
+    // x_0 … x_T and the clean estimates; means of steps where ratios are normalised.
+    let means = c.loss.ratioNorm == .guard ? c.sampling.steps : 0
+    let trajectories = (c.sampling.steps + 2 + means) * samples * latents
     let (height, width) = (c.sampling.height, c.sampling.width)
     let together =
       switch autoencoder.passes(count: rows, height: height, width: width) {

@@ -15,12 +15,14 @@ public struct ModelReference: Sendable {
   public private(set) var steps: Int?
   private var adapter: URL?
   private var weights: URL?
+  private var base: String?
 
   /// Finds out what `path` is.
   ///
-  /// - Parameter base: model folder for an adapter that does not say.
+  /// - Parameter base: model folder for an adapter that does not say, and for hybrid inference with a whole model.
   public init(_ path: String, base: String? = nil) throws {
     name = path
+    self.base = base
     let url = URL(filePath: path)
     let files = FileManager.default
     var isFolder: ObjCBool = false
@@ -140,10 +142,42 @@ public struct ModelReference: Sendable {
   }
 
   /// The model, ready to draw.
-  public func load() throws -> Engine {
+  ///
+  /// - Parameter hybrid: whether its base is wanted beside it: for an adapter that is the same network, otherwise a second
+  ///   one.
+  public func load(hybrid: Bool = false) throws -> Engine {
     let engine = try Engine(configuration)
-    _ = try attach(to: engine)
+    let adapter = try attach(to: engine)
+    if hybrid { try addBase(to: engine, without: adapter) }
     return engine
+  }
+
+  /// Throws where no base is known: asked before hours of drawing, not after.
+  func requireBase() throws {
+    guard adapter != nil || weights != nil || base != nil else {
+      throw RunError(
+        "\(name): a whole model: say which one takes the steps after the switch with --base MODEL")
+    }
+  }
+
+  /// Gives an engine with these weights its base: the network without `adapter`, or the folder it was trained from.
+  func addBase(to engine: Engine, without adapter: LoRAAdapter?) throws {
+    if let adapter {
+      engine.base = BaseModel(engine.network, without: adapter)
+      return
+    }
+    try requireBase()
+    var reference = self
+    reference.weights = nil
+    if weights == nil, let base { reference.configuration.model = base }
+    let other = try reference.load()
+    guard other.latentShape == engine.latentShape, other.pipeline.guidance == engine.pipeline.guidance else {
+      throw RunError(
+        "\(reference.configuration.model): latents of \(other.latentShape), guidance \(other.pipeline.guidance); "
+          + "\(name) has \(engine.latentShape), \(engine.pipeline.guidance): name the model it was trained from"
+      )
+    }
+    engine.base = other.network
   }
 
   /// Adds the trained weights to a loaded base.
@@ -183,11 +217,25 @@ public struct Comparison {
   public func run(picture: URL? = nil, progress: (String, Int) -> Void = { _, _ in }) throws
     -> EvaluationReport
   {
+    try run(switches: [nil], picture: picture, progress: progress)[0]
+  }
+
+  /// The same once for each switch step, by hybrid inference: the base model is drawn with once.
+  ///
+  /// - Parameters:
+  ///   - switches: steps that the tuned model takes before its own base does the others; nil for all of them.
+  ///   - picture: shows the last one.
+  public func run(
+    switches: [Int?], picture: URL? = nil, progress: (String, Int) -> Void = { _, _ in }
+  ) throws -> [EvaluationReport] {
+    let hybrid = switches.contains { $0 != nil }
+    if hybrid { try tuned.requireBase() }
     let set = try RewardSet(rewards)
     let shown = picture == nil ? [] : Self.shown(prompts)
-    func evaluate(_ engine: Engine, _ name: String) throws -> Evaluation {
+    func evaluate(_ engine: Engine, _ name: String, switchStep: Int? = nil) throws -> Evaluation {
       try Evaluation.run(
-        engine, prompts, set, count: count, steps: steps, seed: seed, keep: Set(shown),
+        engine, prompts, set, count: count, steps: steps, seed: seed, switchStep: switchStep,
+        keep: Set(shown),
         progress: { progress(name, $0) })
     }
     let engine = try Engine(tuned.configuration)
@@ -207,12 +255,16 @@ public struct Comparison {
         before = try evaluate(try reference.load(), base.name)
       }
     }
-    _ = try tuned.attach(to: engine)
-    let after = try evaluate(engine, tuned.name)
-    if let picture, let before { try Self.draw(before, after, shown, names: set.names, to: picture) }
-    return try EvaluationReport(
-      after, against: before, order: set.names, steps: steps, seed: seed, split: split, model: tuned.name,
-      againstName: base?.name)
+    let adapter = try tuned.attach(to: engine)
+    if hybrid { try tuned.addBase(to: engine, without: adapter) }
+    return try switches.map { step in
+      let after = try evaluate(
+        engine, tuned.name + (step.map { ", base after \($0) steps" } ?? ""), switchStep: step)
+      if let picture, let before { try Self.draw(before, after, shown, names: set.names, to: picture) }
+      return try EvaluationReport(
+        after, against: before, order: set.names, steps: steps, switchStep: step, seed: seed, split: split,
+        model: tuned.name, againstName: base?.name)
+    }
   }
 
   /// Two prompts of each tag, spread over the list.

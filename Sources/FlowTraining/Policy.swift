@@ -11,10 +11,16 @@ public final class Policy {
   /// Trainable tensors by name.
   public let parameters: [String: Tensor]
   private let modules: ModuleRegistry
+  /// The trained weights as they were, where there is no adapter to leave out.
+  private let initial: [String: Tensor]?
 
   /// Attaches what `trainable` asks for to `network`; initial values come from `seeds`.
+  ///
+  /// - Parameter keepsReference: whether ``reference(_:)`` will be asked for: without an adapter that takes a copy of all
+  ///   weights.
   public init(
-    _ trainable: Configuration.Trainable, _ modules: ModuleRegistry, device: Device, seeds: RandomPlan
+    _ trainable: Configuration.Trainable, _ modules: ModuleRegistry, device: Device, seeds: RandomPlan,
+    keepsReference: Bool = false
   ) throws {
     self.modules = modules
     switch trainable.kind {
@@ -27,16 +33,25 @@ public final class Policy {
       }
       self.adapter = adapter
       parameters = adapter.parameters
+      initial = nil
     case .full:
       adapter = nil
       try modules.makeTrainable()
       let trained = modules.parameters.filter(\.tensor.requiresGrad)
       parameters = Dictionary(uniqueKeysWithValues: trained.map { ($0.key, $0.tensor) })
+      initial = keepsReference ? try parameters.mapValues { try $0.detach().clone() } : nil
     }
   }
 
   /// Number of trainable values.
   public var count: Int { parameters.values.reduce(0) { $0 + $1.count } }
+
+  /// Runs `body` with the network as it was before training: without its adapter, or with the copy of its weights.
+  public func reference<R>(_ body: () throws -> R) throws -> R {
+    if let adapter { return try adapter.without(body) }
+    guard let initial else { preconditionFailure("a reference without adapter must have been asked for") }
+    return try parameters.exchanged(with: initial, body)
+  }
 
   /// Overwrites the trainable tensors with saved ones.
   public func restore(_ saved: (String) throws -> Tensor) throws {

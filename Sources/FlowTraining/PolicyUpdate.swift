@@ -38,6 +38,19 @@ public struct UpdateReport: Sendable {
   public var replayGapAt: (row: Int, step: Int)?
   /// Divergence from the reference, weighted over steps as the objective is; without β.
   public var divergence = 0.0
+
+  fileprivate mutating func see(gap: Double, at place: (row: Int, step: Int)) {
+    if gap > replayGap || gap.isNaN { (replayGap, replayGapAt) = (gap, place) }
+  }
+
+  /// Takes in the report of other samples of the same update.
+  fileprivate mutating func add(_ other: UpdateReport) {
+    ratios += other.ratios
+    clipped += other.clipped
+    objective += other.objective
+    divergence += other.divergence
+    if let place = other.replayGapAt { see(gap: other.replayGap, at: place) }
+  }
 }
 
 /// −β·(divergence from the reference policy), added to every sample's share of the objective.
@@ -68,7 +81,7 @@ public struct ReferencePenalty {
 
 /// Recomputes log-probabilities of stored transitions and back-propagates the clipped objective.
 ///
-/// The objective touches θ only through Σ log p_θ(step), so its gradient is Σ c·∇log p with coefficients known once
+/// The objective touches θ only through Σ log-ratio(step), so its gradient is Σ c·∇log-ratio with coefficients known once
 /// the ratios are. In the first update after a rollout they are 1. Later, samples whose trained steps fit one micro-batch
 /// are done in one pass; otherwise the ratios of all come first, without gradients, and the steps follow in micro-batches
 /// of any size: memory does not depend on chunks.
@@ -85,6 +98,8 @@ public struct PolicyUpdate {
   public let ratio: RatioKind
   /// ε⁻ and ε⁺.
   public let clip: ClipRange
+  /// How a step's log-ratio is formed; `guard` needs the anchor's means.
+  public var ratioNorm = RatioNorm.none
   /// Divergence from a reference; every sample then costs passes, with advantage or without.
   public var penalty: ReferencePenalty?
   /// Called before every pass; throws to stop.
@@ -116,53 +131,81 @@ public struct PolicyUpdate {
     _ samples: [UpdateSample], _ trajectories: Trajectories, conditions: [Condition], first: Bool
   ) throws -> UpdateReport {
     var report = UpdateReport()
-    let active = samples.filter { $0.advantage != 0 || penalty != nil }
-    func entries(_ group: [UpdateSample]) -> [Entry] {
-      group.flatMap { sample in sample.chunks.flatMap { $0.steps.map { Entry(row: sample.row, step: $0) } } }
-    }
-    if first, penalty == nil {
-      // θ has not moved: every ratio is 1 before any pass, and the replay gap tells if a pass says otherwise.
-      let all = entries(active)
-      let weights = try weights(active, nil, trajectories, samples.count, first, &report)
-      report = UpdateReport()
-      var values: [[Double]] = []
-      for range in passes(all.count) {
-        let residuals = try self.residuals(Array(all[range]), trajectories, conditions)
-        values += try residuals.rows()
-        try network.backward(residuals, try gradient(weights[range], like: residuals))
+    let active = active(samples)
+    // θ has not moved: every ratio is 1 before any pass, and the replay gap tells if a pass says otherwise.
+    let known = first && penalty == nil
+    let alone = !known && active.allSatisfy { $0.stepCount <= microBatch }
+    for group in alone ? packed(active) : [active] {
+      let entries = entries(group)
+      let passes = passes(entries.count)
+      func shares(_ rows: [[Double]]?) throws -> Shares {
+        try self.shares(group, rows, trajectories, of: samples.count, measuresGap: first)
       }
-      _ = try self.weights(active, values, trajectories, samples.count, first, &report)
-      return report
-    }
-    if active.allSatisfy({ $0.stepCount <= microBatch }) {
-      for group in packed(active) {
-        let residuals = try self.residuals(entries(group), trajectories, conditions)
-        let weights = try weights(group, try residuals.rows(), trajectories, samples.count, first, &report)
-        try network.backward(residuals, try gradient(weights[...], like: residuals))
+      // Coefficients need every ratio: known, from passes ahead, or from the group's only pass.
+      var ahead = known ? try shares(nil) : nil
+      if ahead == nil, passes.count > 1 {
+        ahead = try shares(
+          passes.flatMap { range in
+            try withoutGrad { try columns(Array(entries[range]), trajectories, conditions).rows() }
+          })
       }
-      return report
-    }
-    let all = entries(active)
-    var values: [[Double]] = []
-    for range in passes(all.count) {
-      values += try withoutGrad { try residuals(Array(all[range]), trajectories, conditions).rows() }
-    }
-    let weights = try weights(active, values, trajectories, samples.count, first, &report)
-    for range in passes(all.count) {
-      let residuals = try self.residuals(Array(all[range]), trajectories, conditions)
-      try network.backward(residuals, try gradient(weights[range], like: residuals))
+      var replayed: [[Double]] = []
+      for range in passes {
+        let columns = try columns(Array(entries[range]), trajectories, conditions)
+        replayed += try columns.rows()
+        let slopes = try (ahead ?? shares(replayed)).slopes[range]
+        let gradient = try Tensor(slopes.flatMap { $0.map { Float($0) } }, shape: columns.shape)
+        try network.backward(columns, gradient.to(columns.device))
+      }
+      report.add(try shares(replayed).report)
     }
     return report
+  }
+
+  /// The same trajectories with what the network says now as the policy that ratios are taken against.
+  ///
+  /// Replays the trained steps of the samples that ``accumulate(_:_:conditions:first:)`` replays, without gradients and
+  /// in passes of as many rows; others keep their anchor. Done before the first update, ratios start at 1 also where
+  /// a rollout's passes round otherwise; where they do not, not a bit changes.
+  public func anchored(
+    _ samples: [UpdateSample], _ trajectories: Trajectories, conditions: [Condition]
+  ) throws -> Trajectories {
+    var result = trajectories
+    if ratioNorm == .guard { result.anchor.means = try Tensor.zeros(like: trajectories.states) }
+    let all = entries(active(samples))
+    for range in passes(all.count) {
+      let entries = Array(all[range])
+      try withoutGrad {
+        let replay = try replay(entries, trajectories, conditions)
+        let residuals = try table.meanSquaredResidual(replay.next, replay.mean).doubles()
+        for (i, entry) in entries.enumerated() {
+          result.anchor.logProbabilities[entry.row][entry.step] = table.logProbability(
+            meanSquaredResidual: residuals[i], step: entry.step)
+          try result.anchor.means?[entry.step][entry.row].copy(from: try replay.mean[i])
+        }
+      }
+    }
+    return result
   }
 
   /// log p_θ of the stored transitions of `row` at `steps`, without gradients.
   public func logProbabilities(
     row: Int, steps: [Int], _ trajectories: Trajectories, conditions: [Condition]
   ) throws -> [Double] {
-    let values = try withoutGrad {
-      try residuals(steps.map { Entry(row: row, step: $0) }, trajectories, conditions).rows()
+    let residuals = try withoutGrad {
+      let replay = try replay(steps.map { Entry(row: row, step: $0) }, trajectories, conditions)
+      return try table.meanSquaredResidual(replay.next, replay.mean).doubles()
     }
-    return zip(steps, values).map { table.logProbability(meanSquaredResidual: $1[0], step: $0) }
+    return zip(steps, residuals).map { table.logProbability(meanSquaredResidual: $1, step: $0) }
+  }
+
+  /// The samples that cost passes.
+  private func active(_ samples: [UpdateSample]) -> [UpdateSample] {
+    samples.filter { $0.advantage != 0 || penalty != nil }
+  }
+
+  private func entries(_ samples: [UpdateSample]) -> [Entry] {
+    samples.flatMap { sample in sample.chunks.flatMap { $0.steps.map { Entry(row: sample.row, step: $0) } } }
   }
 
   /// Ranges of entries, one a pass. All passes are filled up to as many rows as the rollout's had: none may have more.
@@ -189,109 +232,136 @@ public struct PolicyUpdate {
     return groups.map(\.samples)
   }
 
-  /// Mean squared residuals [entries, 1 or 2] of stored transitions under the network as it is now; with a penalty beside
-  /// them mean((μ − μ_ref)²), or for k3 the reference's residuals, which have no gradient.
-  private func residuals(
-    _ entries: [Entry], _ trajectories: Trajectories, _ conditions: [Condition]
-  ) throws -> Tensor {
+  /// One pass over stored transitions: the states they reached and the means the network gives them now; with a
+  /// `penalty` also its reference's means, without gradient. All [rows, ...], of which there may be more than entries.
+  private func replay(
+    _ entries: [Entry], _ trajectories: Trajectories, _ conditions: [Condition],
+    penalty: ReferencePenalty? = nil
+  ) throws -> (rows: [Entry], next: Tensor, mean: Tensor, reference: Tensor?) {
     try beforeStep()
     // Never one: a single row rounds differently from several.
     let rows = filled(entries, to: max(microBatch, 2))
-    let samples = trajectories.states.size(1)
-    let shape = trajectories.states.shape
-    let flat = try trajectories.states.reshape([shape[0] * shape[1]] + shape[2...])
-    func states(_ ahead: Int) throws -> Tensor {
-      let index = rows.map { Int64(($0.step + ahead) * samples + $0.row) }
-      return try flat.indexSelect(0, try Tensor(index).to(flat.device))
-    }
-    let x = try states(0)
+    let (x, next) = (try gather(trajectories.states, rows), try gather(trajectories.states, rows, ahead: 1))
     let times = try Tensor(rows.map { table.times[$0.step] }).to(x.device)
     let condition = try Condition.stack(rows.map { conditions[$0.row] })
     func mean() throws -> Tensor {
       let v = try network.velocity(x, times: times, condition: condition, guidance: guidance)
       return try table.mean(x, v, rows.map(\.step))
     }
-    let (next, now) = (try states(1), try mean())
-    var columns = [try table.meanSquaredResidual(next, now)]
-    if let penalty {
-      let reference = try penalty.reference { try withoutGrad { try mean() } }
-      columns.append(try table.meanSquaredResidual(penalty.form == .k3 ? next : now, reference))
+    // The reference first: where it takes the place of the weights, they are back before a graph holds them.
+    let reference = try penalty?.reference { try withoutGrad { try mean() } }
+    return (rows, next, try mean(), reference)
+  }
+
+  /// Rows of [steps, S, ...] at each entry, or so many steps ahead of it.
+  private func gather(_ values: Tensor, _ rows: [Entry], ahead: Int = 0) throws -> Tensor {
+    let (shape, samples) = (values.shape, values.size(1))
+    let index = rows.map { Int64(($0.step + ahead) * samples + $0.row) }
+    return try values.reshape([shape[0] * shape[1]] + shape[2...])
+      .indexSelect(0, try Tensor(index).to(values.device))
+  }
+
+  /// What the objective reads of each transition, [entries, 1 to 3]: the mean squared residual; to normalise ratios,
+  /// what ``TransitionTable/normalisedChange(drift:step:)`` takes; with a penalty mean((μ − μ_ref)²), or for k3 the
+  /// reference's residual.
+  private func columns(
+    _ entries: [Entry], _ trajectories: Trajectories, _ conditions: [Condition]
+  ) throws -> Tensor {
+    let (rows, next, mean, reference) = try replay(entries, trajectories, conditions, penalty: penalty)
+    var columns = [try table.meanSquaredResidual(next, mean)]
+    if ratioNorm == .guard {
+      guard let means = trajectories.anchor.means else {
+        throw RunError(
+          "loss.ratioNorm: guard needs the means of the sampled steps, these trajectories have none")
+      }
+      columns.append(try table.drift(next, mean, from: try gather(means, rows)))
+    }
+    if let penalty, let reference {
+      columns.append(try table.meanSquaredResidual(penalty.form == .k3 ? next : mean, reference))
     }
     return try Tensor.stack(columns, 1).narrow(0, 0, entries.count)
   }
 
-  /// Coefficients of −objective with respect to each entry's values; without values, as if log p were the rollout's.
-  private func weights(
-    _ samples: [UpdateSample], _ values: [[Double]]?, _ trajectories: Trajectories, _ total: Int,
-    _ first: Bool, _ report: inout UpdateReport
-  ) throws -> [[Double]] {
+  /// What samples contribute, and the derivatives of −objective by each of their entries' columns.
+  private struct Shares {
+    var report = UpdateReport()
+    var slopes: [[Double]] = []
+  }
+
+  /// - Parameter replayed: rows of ``columns(_:_:_:)``; nil where every ratio is 1.
+  private func shares(
+    _ samples: [UpdateSample], _ replayed: [[Double]]?, _ trajectories: Trajectories, of total: Int,
+    measuresGap: Bool
+  ) throws -> Shares {
+    var result = Shares()
     var next = 0
-    var result: [[Double]] = []
     for sample in samples {
-      var beside: [[Double]] = []
-      let chunks = sample.chunks.map { chunk in
-        let old = chunk.steps.map { trajectories.logProbabilities[sample.row][$0] }
-        guard let values else { return TrainedChunk(new: old, old: old, weight: chunk.weight) }
-        let mine = values[next..<(next + chunk.steps.count)]
-        next += chunk.steps.count
-        if penalty != nil { beside.append(mine.map { $0[1] }) }
-        let new = zip(chunk.steps, mine).map {
-          table.logProbability(meanSquaredResidual: $1[0], step: $0)
-        }
-        return TrainedChunk(new: new, old: old, weight: chunk.weight)
+      let rows = sample.chunks.map { chunk in
+        defer { next += chunk.steps.count }
+        return replayed.map { Array($0[next..<(next + chunk.steps.count)]) }
       }
-      if first {
-        for (chunk, steps) in zip(chunks, sample.chunks.map(\.steps)) {
-          for (i, step) in steps.enumerated() {
-            let gap = abs(chunk.new[i] - chunk.old[i])
-            if gap > report.replayGap || gap.isNaN {
-              report.replayGap = gap
-              report.replayGapAt = (sample.row, step)
-            }
-          }
-        }
+      let chunks = zip(sample.chunks, rows).map { chunk, rows in
+        let old = chunk.steps.map { trajectories.anchor.logProbabilities[sample.row][$0] }
+        guard let rows else { return TrainedChunk(new: old, old: old, weight: chunk.weight) }
+        let each = Array(zip(chunk.steps, rows))
+        return TrainedChunk(
+          new: each.map { table.logProbability(meanSquaredResidual: $1[0], step: $0) }, old: old,
+          changes: ratioNorm == .guard ? each.map { table.normalisedChange(drift: $1[1], step: $0) } : nil,
+          weight: chunk.weight)
       }
       let share = try SampleObjective(
         advantage: sample.advantage, chunks: chunks, ratio: ratio, clip: clip, samples: total)
-      report.ratios += share.ratios
-      report.clipped += share.clipped.filter { $0 }.count
-      report.objective += share.value
+      result.report.ratios += share.ratios
+      result.report.clipped += share.clipped.filter { $0 }.count
+      result.report.objective += share.value
       for (j, chunk) in chunks.enumerated() {
-        let (steps, omega) = (sample.chunks[j].steps, share.stepWeights[j])
-        var coefficients = share.coefficients[j]
-        var divergences: [Double] = []
-        switch penalty?.form {
-        case nil: break
-        case .k3:
-          let reference = zip(steps, beside[j]).map {
-            table.logProbability(meanSquaredResidual: $1, step: $0)
+        let steps = sample.chunks[j].steps
+        if measuresGap {
+          let sampled = trajectories.logProbabilities[sample.row]
+          for (i, step) in steps.enumerated() {
+            result.report.see(gap: abs(chunk.new[i] - sampled[step]), at: (sample.row, step))
           }
-          let k3 = SampleObjective.k3(
-            chunk: chunk, reference: reference, beta: penalty!.beta, stepWeight: omega)
-          coefficients = coefficients.map { $0 + k3.coefficient }
-          divergences = steps.map { _ in 0 }
-          report.objective += k3.value
-          report.divergence -= k3.value / penalty!.beta
-        case .flowGRPO, .exact:
-          divergences = try steps.map {
-            try penalty!.beta * omega * table.steps[$0].klWeight(exact: penalty!.form == .exact)
-          }
-          let value = zip(divergences, beside[j]).reduce(0) { $0 + $1.0 * $1.1 }
-          report.objective -= value
-          report.divergence += value / penalty!.beta
         }
+        let penalised = try penalise(
+          chunk, steps, beside: rows[j]?.compactMap(\.last), omega: share.stepWeights[j], &result.report)
         for (i, step) in steps.enumerated() {
-          let slope = -coefficients[i] * table.logProbabilitySlope(step: step)
-          result.append(penalty == nil ? [slope] : [slope, divergences[i]])
+          let (ratio, slope) = (share.coefficients[j][i], table.logProbabilitySlope(step: step))
+          switch ratioNorm {
+          case .none: result.slopes.append([-(ratio + penalised.logProbability) * slope])
+          case .guard:
+            result.slopes.append(
+              [-penalised.logProbability * slope, -ratio * table.normalisedChange(drift: 1, step: step)])
+          }
+          if penalty != nil { result.slopes[result.slopes.count - 1].append(penalised.beside[i]) }
         }
       }
     }
     return result
   }
 
-  private func gradient(_ weights: ArraySlice<[Double]>, like residuals: Tensor) throws(TorchError) -> Tensor
-  {
-    try Tensor(weights.flatMap { $0.map { Float($0) } }, shape: residuals.shape).to(residuals.device)
+  /// A chunk's share of the penalty: what it adds to the coefficient of each log p and, for each step, the slope by the
+  /// column of the reference.
+  private func penalise(
+    _ chunk: TrainedChunk, _ steps: [Int], beside: [Double]?, omega: Double, _ report: inout UpdateReport
+  ) throws -> (logProbability: Double, beside: [Double]) {
+    let none = steps.map { _ in 0.0 }
+    guard let penalty, let beside else { return (0, none) }
+    switch penalty.form {
+    case .k3:
+      let reference = zip(steps, beside).map { table.logProbability(meanSquaredResidual: $1, step: $0) }
+      let k3 = SampleObjective.k3(chunk: chunk, reference: reference, beta: penalty.beta, stepWeight: omega)
+      report.objective += k3.value
+      report.divergence -= k3.value / penalty.beta
+      return (k3.coefficient, none)
+    case .flowGRPO, .exact:
+      let slopes = try steps.map {
+        try penalty.beta * omega * table.steps[$0].klWeight(exact: penalty.form == .exact)
+      }
+      let value = zip(slopes, beside).reduce(0) { $0 + $1.0 * $1.1 }
+      report.objective -= value
+      report.divergence += value / penalty.beta
+      return (0, slopes)
+    }
   }
 }
 

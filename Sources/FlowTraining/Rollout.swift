@@ -10,12 +10,24 @@ public struct Trajectories {
   public let clean: Tensor
   /// log p of each sample's stochastic steps before the last, by step; NaN where a step has none.
   public let logProbabilities: [[Double]]
+  /// The policy that ratios are taken against: the one that sampled, unless ``PolicyUpdate/anchored(_:_:conditions:)``
+  /// has put a replay in its place.
+  public internal(set) var anchor: Anchor
 
-  /// Wraps trajectories that were sampled elsewhere.
-  public init(states: Tensor, clean: Tensor, logProbabilities: [[Double]]) {
+  /// What an old policy said of stored transitions.
+  public struct Anchor {
+    /// log p, shaped like ``Trajectories/logProbabilities``.
+    public internal(set) var logProbabilities: [[Double]]
+    /// μ_i of the stochastic steps, [T, S, ...] or longer, float32; nil unless ratios are normalised.
+    public internal(set) var means: Tensor?
+  }
+
+  /// Wraps trajectories that were sampled elsewhere; `means` [T, S, ...] are those of their steps.
+  public init(states: Tensor, clean: Tensor, logProbabilities: [[Double]], means: Tensor? = nil) {
     self.states = states
     self.clean = clean
     self.logProbabilities = logProbabilities
+    anchor = Anchor(logProbabilities: logProbabilities, means: means)
   }
 
   /// d_i of every sample over its steps, the dynamics that adaptive plans and weighted draws read.
@@ -41,6 +53,8 @@ public struct Rollout {
   public let batch: Int
   /// Whether every pass has exactly `batch` rows, short ones filled up with repeats: what a replay needs.
   public let fillsRows: Bool
+  /// Whether the means of stochastic steps are kept, which take as much memory as the states.
+  public var keepsMeans = false
   /// Called before every forward pass; throws to stop.
   public var beforeStep: () throws -> Void = {}
 
@@ -75,6 +89,7 @@ public struct Rollout {
     let states = try Tensor.full(
       [steps + 1] + initial.shape, skips ? Double.nan : 0, device: initial.device)
     let clean = try Tensor.zeros(like: initial)
+    let means = keepsMeans ? try Tensor.zeros([steps] + initial.shape, device: initial.device) : nil
     var logProbabilities = [[Double]](repeating: [Double](repeating: .nan, count: steps - 1), count: samples)
     try states[0].copy(from: initial)
 
@@ -121,6 +136,7 @@ public struct Rollout {
             for (r, move) in moves.enumerated() where move.step.isStochastic && move.to < steps {
               logProbabilities[going[r].samples.lowerBound][move.from] = table.logProbability(
                 meanSquaredResidual: residuals[r], step: move.from)
+              try means?[move.from][going[r].samples.lowerBound].copy(from: try mean[r])
             }
           }
           for (r, move) in moves.enumerated() {
@@ -143,7 +159,7 @@ public struct Rollout {
           Walk(samples: s..<(s + 1), moves: paths[s].moves[(started * paths[s].stem)...])
         })
     }
-    return Trajectories(states: states, clean: clean, logProbabilities: logProbabilities)
+    return Trajectories(states: states, clean: clean, logProbabilities: logProbabilities, means: means)
   }
 
   /// Consecutive moves of samples that are still one.

@@ -50,6 +50,8 @@ public final class Trainer {
   /// Iterations done.
   public private(set) var iteration = 0
   private var update = 0
+  /// With running statistics: the rewards of each prompt in all iterations done.
+  private var seen: [String: RewardStatistics] = [:]
   private var saved = -1
   private var boundary: [String: Tensor]?
 
@@ -72,7 +74,9 @@ public final class Trainer {
     strategy = try ChunkStrategy(c.chunk.plan)
     draw = try ChunkDraw(c.chunk.draw)
     timeWeight = TimeWeight(rawValue: c.chunk.timeWeight.rawValue)!
-    policy = try Policy(c.trainable, engine.network.modules, device: engine.device, seeds: random)
+    policy = try Policy(
+      c.trainable, engine.network.modules, device: engine.device, seeds: random, keepsReference: c.loss.kl > 0
+    )
     optimizer = try AdamW(
       policy.parameters,
       AdamW.Options(
@@ -210,10 +214,12 @@ public final class Trainer {
       record(guards, "guards/", &row)
       return scores
     }
-    let advantages = try advantages(scored, &row)
+    let (advantages, seen) = try advantages(scored, batch, &row)
     let samples = try drawChunks(batch, courses, trajectories, advantages.values, &row)
     try clock.time("update") { try self.update(samples, trajectories, conditions, &row) }
     row.counts["rows_update"] = engine.network.takeRows()
+    // Only now: a signal until here falls back to the state before.
+    self.seen = seen
 
     row.iteration = iteration + 1
     row.update = update
@@ -333,6 +339,7 @@ public final class Trainer {
     }
     var sampler = engine.rollout(table, rows: rows)
     sampler.beforeStep = Interruption.check
+    sampler.keepsMeans = configuration.loss.keepsMeans
     let size = configuration.group.size
     return try sampler.sample(
       engine.network, initial: try engine.noise(streams), conditions: conditions,
@@ -346,7 +353,11 @@ public final class Trainer {
   }
 
   /// Rewards of all samples → advantages; invalid scores mask their sample out of its group.
-  private func advantages(_ scores: [[Double?]], _ row: inout MetricsRow) throws -> Advantages {
+  ///
+  /// - Returns: also ``seen`` with these rewards.
+  private func advantages(
+    _ scores: [[Double?]], _ batch: [Sample], _ row: inout MetricsRow
+  ) throws -> (Advantages, seen: [String: RewardStatistics]) {
     let (c, size) = (configuration, configuration.group.size)
     let total = c.samplesPerIteration
     let masked = (0..<total).map { s in scores.contains { $0[s] == nil || !$0[s]!.isFinite } }
@@ -360,10 +371,17 @@ public final class Trainer {
       try aggregate.combine(
         rewards: scores.map { $0[group].map { $0 ?? 0 } }, weights: weights, masked: Array(masked[group]))
     }
+    let texts = groups.map { batch[$0.lowerBound].prompt.text }
+    var seen = seen
+    if c.group.statistics == .running {
+      for (text, (rewards, group)) in zip(texts, zip(combined, groups)) {
+        seen[text, default: RewardStatistics()].add(zip(rewards, masked[group]).filter { !$1 }.map(\.0))
+      }
+    }
     let advantages = try Advantages.groups(
       rewards: combined, masked: groups.map { Array(masked[$0]) },
       std: AdvantageStd(rawValue: c.loss.advantageStd.rawValue)!,
-      clamp: c.loss.advantageClip)
+      clamp: c.loss.advantageClip, running: c.group.statistics == .running ? texts.map { seen[$0]! } : nil)
     // Means over valid samples; reward_mean is the weighted sum whatever the aggregation, so that curves compare.
     let valid = (0..<total).filter { !masked[$0] }
     for (name, values) in zip(rewards.names, scores) {
@@ -375,7 +393,7 @@ public final class Trainer {
     row.values["reward_std"] = summary.standardDeviation
     row.counts["zero_groups"] = advantages.zeroGroups
     row.counts["masked"] = advantages.masked
-    return advantages
+    return (advantages, seen)
   }
 
   /// Cuts every trajectory into chunks and draws those it is trained on.
@@ -443,18 +461,17 @@ public final class Trainer {
       table, microBatch: rows, ratio: RatioKind(rawValue: c.chunk.ratio.rawValue)!,
       clip: ClipRange(low: c.loss.clip[0], high: c.loss.clip[1]))
     rule.beforeStep = Interruption.check
+    rule.ratioNorm = RatioNorm(rawValue: c.loss.ratioNorm.rawValue)!
     if c.loss.kl > 0 {
-      let adapter = policy.adapter!  // all weights trained: the configuration is refused
       rule.penalty = ReferencePenalty(
         beta: c.loss.kl, form: ReferencePenalty.Form(rawValue: c.loss.klForm.rawValue)!
-      ) { body in
-        adapter.disable()
-        defer { adapter.enable() }
-        return try body()
-      }
+      ) { [policy] in try policy.reference($0) }
     }
     // Until the iteration is done this is the state that a signal falls back to.
     boundary = try snapshot()
+    let trajectories =
+      c.loss.anchor == .replay
+      ? try rule.anchored(samples, trajectories, conditions: conditions) : trajectories
     var stream = random.stream(.sampleOrder, iteration: iteration)
     let order = stream.shuffled(samples.count)
     var deviations: [Double] = []
@@ -491,13 +508,17 @@ public final class Trainer {
   }
 
   /// Stops a run whose replay does not reproduce the rollout: its ratios would mean nothing.
+  ///
+  /// Anchored in a replay they start at 1 whatever the gap; one as wide as the clip range is more than rounding.
   private func check(_ report: UpdateReport) throws {
-    let limit = min(configuration.loss.clip[0], configuration.loss.clip[1]) / 10
+    let replays = configuration.loss.anchor == .replay
+    let limit = configuration.loss.clip.min()! / (replays ? 1 : 10)
     guard let at = report.replayGapAt, !(report.replayGap <= limit) else { return }
     throw RunError(
       "iteration \(iteration + 1): replayed log-probability of sample \(at.row), step \(at.step) differs from the rollout's by "
-        + "\(report.replayGap), a tenth of the clip range is \(limit): ratios would not start at 1. "
-        + "Try network.dtype=float32, or another optim.microBatch")
+        + "\(report.replayGap), \(replays ? "" : "a tenth of ")the clip range is \(limit): "
+        + (replays ? "that is more than rounding. " : "ratios would not start at 1. ")
+        + "Try network.dtype=float32, \(replays ? "" : "loss.anchor=replay, ")or another optim.microBatch")
   }
 
   // MARK: looking
@@ -559,6 +580,10 @@ public final class Trainer {
     for (name, tensor) in policy.parameters { state["parameter." + name] = try tensor.detach().clone() }
     for (name, tensor) in optimizer.state { state["optimizer." + name] = try tensor.clone() }
     for (name, tensor) in average?.values ?? [:] { state["average." + name] = try tensor.clone() }
+    if configuration.group.statistics == .running {
+      state["rewards"] = try Tensor(
+        prompts.flatMap { (seen[$0.text] ?? RewardStatistics()).values }, shape: [prompts.count, 5])
+    }
     return state
   }
 
@@ -572,6 +597,17 @@ public final class Trainer {
     try average?.restore { try entry("average." + $0) }
     for tensor in policy.parameters.values { try tensor.clearGrad() }
     update = Int(try entry("update").item())
+    guard configuration.group.statistics == .running else { return }
+    let rewards = try entry("rewards")
+    let rows = try rewards.doubles()
+    guard rewards.shape == [prompts.count, 5] else {
+      throw RunError(
+        "checkpoint: rewards are those of \(rewards.shape[0]) prompts, \(configuration.prompts.file) has \(prompts.count): "
+          + "give the run its own prompt file back")
+    }
+    for (i, prompt) in prompts.enumerated() {
+      seen[prompt.text] = RewardStatistics(values: Array(rows[(5 * i)..<(5 * i + 5)]))
+    }
   }
 
   private func save() throws {

@@ -54,6 +54,15 @@ public struct TransitionTable {
     try (next - mean).square().mean(Array(1..<mean.rank))
   }
 
+  /// mean((x_{i+1} − μ_old)·(μ − μ_old)) over elements, [B]: s times the mean of ε·(μ − μ_old), ε being
+  /// the noise that was sampled.
+  func drift(_ next: Tensor, _ mean: Tensor, from old: Tensor) throws(TorchError) -> Tensor {
+    try ((next - old) * (mean - old)).mean(Array(1..<mean.rank))
+  }
+
+  /// ``RatioNorm/guard``'s log-ratio of a step from its ``drift(_:_:from:)``, to which it is proportional.
+  func normalisedChange(drift: Double, step: Int) -> Double { drift / steps[step].noiseScale }
+
   /// x̂0 = x − σ·v, the clean latents the network has in mind at the level of `levels[r]` in row r.
   public func cleanEstimate(_ x: Tensor, _ v: Tensor, _ levels: [Int]) throws(TorchError) -> Tensor {
     try x - v * column(levels.map { Double(schedule.sigmas[$0]) }, like: x)

@@ -26,15 +26,30 @@ final class WeightAverage {
 
   /// Runs `body` with the averages in place of the parameters, which come back bit for bit.
   func withAverage<R>(_ body: () throws -> R) throws -> R {
-    let kept = try parameters.mapValues { try $0.detach().clone() }
-    for (name, tensor) in parameters { try tensor.copy(from: values[name]!) }
-    let result = Result(catching: body)
-    for (name, tensor) in parameters { try tensor.copy(from: kept[name]!) }
-    return try result.get()
+    try parameters.exchanged(with: values, body)
   }
 
   /// Overwrites the averages with saved ones.
   func restore(_ saved: (String) throws -> Tensor) throws {
     for (name, value) in values { try value.copy(from: try saved(name)) }
+  }
+}
+
+extension [String: Tensor] {
+  /// Runs `body` with the values of `others` in place of these, and these in place of them; both come back bit for bit.
+  ///
+  /// Tensor by tensor: no second copy of all is made.
+  func exchanged<R>(with others: [String: Tensor], _ body: () throws -> R) throws -> R {
+    func exchange() throws {
+      for (name, tensor) in self {
+        let kept = try tensor.detach().clone()
+        try tensor.copy(from: others[name]!)
+        try others[name]!.copy(from: kept)
+      }
+    }
+    try exchange()
+    let result = Result(catching: body)
+    try exchange()
+    return try result.get()
   }
 }

@@ -2,14 +2,14 @@ import CTorch
 import Foundation
 
 extension TorchRuntime {
-  /// Forgets the peak of memory use, so that ``peakMemory(_:)`` counts from here.
+  /// Forgets the peak of memory use, so that ``peakMemory(_:)`` counts from here; on the CPU gives back what is kept for
+  /// later operations.
   ///
   /// - Throws: ``TorchError`` where there is no such device, or where the system does not let a process reset
   ///   its peak.
   public static func resetPeakMemory(_ device: Device = .cpu) throws(TorchError) {
-    guard device == .cpu else {
-      return try check("resetPeakMemory", [], ctorch_reset_peak_memory(device.code, device.index))
-    }
+    try check("resetPeakMemory", [], ctorch_reset_peak_memory(device.code, device.index))
+    guard device == .cpu else { return }
     #if os(Linux)
       // "5" resets the peak resident set size (Linux, Documentation/filesystems/proc.rst).
       let descriptor = open("/proc/self/clear_refs", O_WRONLY | O_CLOEXEC)

@@ -1,4 +1,5 @@
 import ArgumentParser
+import FlowRewards
 import FlowTraining
 import Foundation
 
@@ -12,6 +13,7 @@ struct Evaluate: ParsableCommand {
       Examples:
         chunkgrpo evaluate runs/a --against Models/flux-mini --picture ab.png
         chunkgrpo evaluate Models/flux-mini --reward scenes:strict --json
+        chunkgrpo evaluate runs/a --steps 50 --switch 0,10,20,30,40,50
       """)
 
   @Argument(
@@ -19,7 +21,9 @@ struct Evaluate: ParsableCommand {
   var model: String
   @Option(help: ArgumentHelp("Compare with this model, prompt by prompt.", valueName: "model"))
   var against: String?
-  @Option(help: ArgumentHelp("Model folder, where an adapter does not say.", valueName: "folder"))
+  @Option(
+    help: ArgumentHelp(
+      "Model folder, where an adapter does not say, or of the steps after --switch.", valueName: "folder"))
   var base: String?
   @Option(help: ArgumentHelp("Prompt file (default: the run's, else the built-in one).", valueName: "file"))
   var prompts: String?
@@ -34,6 +38,12 @@ struct Evaluate: ParsableCommand {
   var count = 4
   @Option(help: "Sampling steps (default: the run's, else 17).")
   var steps: Int?
+  @Option(
+    name: .customLong("switch"),
+    help: ArgumentHelp(
+      "Take this many steps with the tuned model and the others with its base; one row for each number.",
+      valueName: "a,b,…"))
+  var switchSteps: String?
   @Option(help: "Seed of the noise, the same on both sides.")
   var seed: UInt64 = 1
   @Option(help: ArgumentHelp("Write a grid of before and after here (PNG).", valueName: "file"))
@@ -41,9 +51,21 @@ struct Evaluate: ParsableCommand {
   @Flag(help: "Print one JSON object on stdout.")
   var json = false
 
+  /// The numbers of `--switch`; nil where one is none.
+  private var switches: [Int]? {
+    let numbers = switchSteps?.split(separator: ",", omittingEmptySubsequences: false).map { Int($0) } ?? []
+    return numbers.contains { $0 == nil || $0! < 0 } ? nil : numbers.compactMap { $0 }
+  }
+
   func validate() throws {
     guard count > 0 else { throw ValidationError("--count: must be at least 1, got \(count)") }
     guard steps ?? 1 > 0 else { throw ValidationError("--steps: must be at least 1, got \(steps!)") }
+    guard let switches else {
+      throw ValidationError("--switch: expected steps of 0 or more such as 0,10,20, got \"\(switchSteps!)\"")
+    }
+    guard picture == nil || switches.count < 2 else {
+      throw ValidationError("--picture shows one comparison: give --switch one number")
+    }
     guard picture == nil || against != nil else { throw ValidationError("--picture needs --against MODEL") }
   }
 
@@ -60,20 +82,66 @@ struct Evaluate: ParsableCommand {
     }
     let file = try prompts ?? tuned.promptFile()
     let list = try PromptFile.load(file: URL(filePath: file), split: split)
+    let drawn = steps ?? configuration.sampling.steps
+    let switches = switches ?? []
+    if let outside = switches.first(where: { $0 > drawn }) {
+      throw RunError("--switch: expected 0 to \(drawn), the sampling steps (--steps), got \(outside)")
+    }
     let comparison = Comparison(
       tuned: tuned, base: other, rewards: configuration.rewards, prompts: list, split: split, count: count,
-      steps: steps ?? configuration.sampling.steps, seed: seed)
-    let report = try comparison.run(picture: picture.map { URL(filePath: $0) }) { name, done in
+      steps: drawn, seed: seed)
+    let reports = try comparison.run(
+      switches: switches.isEmpty ? [nil] : switches, picture: picture.map { URL(filePath: $0) }
+    ) { name, done in
       Terminal.status("\(name): \(done)/\(list.count) prompts")
     }
     Terminal.clearLine()
-    print(json ? try Terminal.json(report) : Self.text(report))
+    if switches.isEmpty {
+      print(json ? try Terminal.json(reports[0]) : Self.text(reports[0]))
+    } else {
+      print(json ? try Terminal.json(["rows": reports]) : Self.text(switches: reports))
+    }
+  }
+
+  private static func interval(_ ci: [Double]?) -> String {
+    ci.map { "[\(Terminal.fixed($0[0], 4)), \(Terminal.fixed($0[1], 4))]" } ?? ""
+  }
+  private static func cells(_ g: GuardValues) -> [String] {
+    [g.blank, g.diversity, g.ink, g.vivid].map { Terminal.fixed($0, 4) }
+  }
+
+  /// A row for each switch step and reward, then the guards.
+  static func text(switches reports: [EvaluationReport]) -> String {
+    let compared = reports[0].against != nil
+    var rows = [
+      ["reward, tuned steps of \(reports[0].steps)", "prompts"] + (compared ? ["base"] : []) + [
+        "mean", "95 % interval",
+      ]
+        + (compared ? ["difference", "95 % interval", "p"] : [])
+    ]
+    for name in reports[0].rewards.keys.sorted() {
+      for report in reports {
+        let part = report.rewards[name]!
+        var row = ["\(name), \(report.switchStep!)", "\(report.nPrompts)"]
+        if let base = part.against?["all"] { row.append(Terminal.fixed(base.mean, 4)) }
+        row += [Terminal.fixed(part.mean, 4), interval(part.ci95)]
+        if let paired = part.paired {
+          row += [
+            Terminal.signed(paired.difference, 4), interval(paired.ci95), String(format: "%.1e", paired.p),
+          ]
+        }
+        rows.append(row)
+      }
+    }
+    var guards = [["guards", "blank", "diversity", "ink", "vivid"]]
+    if let base = reports[0].guardsAgainst { guards.append(["base"] + cells(base)) }
+    for report in reports {
+      if let g = report.guards { guards.append(["\(report.switchStep!)"] + cells(g)) }
+    }
+    return Terminal.table(rows) + (guards.count > 1 ? "\n\n" + Terminal.table(guards) : "")
   }
 
   static func text(_ report: EvaluationReport) -> String {
-    func interval(_ ci: [Double]?) -> String {
-      ci.map { "[\(Terminal.fixed($0[0], 4)), \(Terminal.fixed($0[1], 4))]" } ?? ""
-    }
     var rows: [[String]] = []
     let compared = report.against != nil
     rows.append(
@@ -98,13 +166,10 @@ struct Evaluate: ParsableCommand {
       }
     }
     var text = Terminal.table(rows) + "\n"
-    func guards(_ name: String, _ g: [Double]) -> [String] { [name] + g.map { Terminal.fixed($0, 4) } }
     var guardRows = [["guards", "blank", "diversity", "ink", "vivid"]]
-    if let g = report.guardsAgainst {
-      guardRows.append(guards("base", [g.blank, g.diversity, g.ink, g.vivid]))
-    }
+    if let g = report.guardsAgainst { guardRows.append(["base"] + cells(g)) }
     guard let g = report.guards else { return text }
-    guardRows.append(guards(compared ? "tuned" : "model", [g.blank, g.diversity, g.ink, g.vivid]))
+    guardRows.append([compared ? "tuned" : "model"] + cells(g))
     text += "\n" + Terminal.table(guardRows)
     if let collapsed = report.collapsed {
       text +=

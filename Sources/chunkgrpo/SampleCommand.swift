@@ -13,6 +13,7 @@ struct Sample: ParsableCommand {
         chunkgrpo sample Models/flux-mini --prompt "a photo of a cat" -o cat.png
         chunkgrpo sample runs/a --prompts list.txt --count 4 -o grid.png
         chunkgrpo sample MODEL --adapter FILE --prompt "a dog" -o dog.png
+        chunkgrpo sample runs/a --prompt "a dog" --steps 50 --switch 30 -o dog.png
       """)
 
   @Argument(help: "A model folder, an adapter, a checkpoint or a run.")
@@ -25,6 +26,11 @@ struct Sample: ParsableCommand {
   var prompts: String?
   @Option(help: "Sampling steps (default: the run's, else 28).")
   var steps: Int?
+  @Option(
+    name: .customLong("switch"),
+    help: ArgumentHelp(
+      "Take this many steps with the tuned model and the others with its base.", valueName: "step"))
+  var switchStep: Int?
   @Option(help: "Seed of the noise.")
   var seed: UInt64 = 1
   @Option(help: "Images of each prompt.")
@@ -38,7 +44,9 @@ struct Sample: ParsableCommand {
   @Option(help: "What guidance leads away from, for models guided by a second pass (SD3).")
   var negative: String?
   @Option(
-    help: ArgumentHelp("Model folder, where MODEL is an adapter that does not say.", valueName: "folder"))
+    help: ArgumentHelp(
+      "Model folder, where MODEL is an adapter that does not say, or of the steps after --switch.",
+      valueName: "folder"))
   var base: String?
   @Option(name: .shortAndLong, help: ArgumentHelp("PNG to write.", valueName: "file"))
   var output: String
@@ -51,6 +59,9 @@ struct Sample: ParsableCommand {
     }
     guard count > 0 else { throw ValidationError("--count: must be at least 1, got \(count)") }
     guard steps ?? 1 > 0 else { throw ValidationError("--steps: must be at least 1, got \(steps!)") }
+    guard switchStep ?? 0 >= 0 else {
+      throw ValidationError("--switch: must be at least 0, got \(switchStep!)")
+    }
   }
 
   func run() throws {
@@ -61,9 +72,13 @@ struct Sample: ParsableCommand {
       try prompts.map { try PromptFile.load(file: URL(filePath: $0), split: "all").map(\.text) } ?? prompt
     let target = URL(filePath: output)
     try Terminal.requireWritable(output, "-o")
-    let engine = try reference.load()
+    let drawn = steps ?? reference.steps ?? 28
+    guard switchStep ?? 0 <= drawn else {
+      throw RunError("--switch: expected 0 to \(drawn), the sampling steps (--steps), got \(switchStep!)")
+    }
+    let engine = try reference.load(hybrid: switchStep != nil)
     let start = Date()
-    let images = try engine.draw(texts, count: count, steps: steps ?? reference.steps ?? 28, seed: seed)
+    let images = try engine.draw(texts, count: count, steps: drawn, seed: seed, switchStep: switchStep)
     for text in texts { _ = try engine.encoder(text) }
     if let warning = engine.encoder.warning { Terminal.line("warning: \(warning)") }
     let pictures = try (0..<(texts.count * count)).map { try Image(try images[$0]) }

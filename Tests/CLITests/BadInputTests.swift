@@ -224,6 +224,26 @@ struct BadInputTests {
       what: "evaluate by an unknown reward",
       arguments: ["evaluate", Tool.fluxTiny.path, "--reward", "beauty"], words: ["\"beauty\"", "vivid"]),
     Mistake(
+      what: "evaluate with no switch step",
+      arguments: ["evaluate", Tool.fluxTiny.path, "--switch", "1,x"],
+      words: ["--switch", "0,10,20", "\"1,x\""],
+      status: 64),
+    Mistake(
+      what: "evaluate with a switch after the last step",
+      arguments: [
+        "evaluate", Tool.fluxTiny.path, "--prompts", "prompts.jsonl", "--steps", "4", "--switch", "2,5",
+      ],
+      words: ["--switch", "0 to 4", "got 5"]),
+    Mistake(
+      what: "evaluate a whole model that switches to nothing",
+      arguments: ["evaluate", Tool.fluxTiny.path, "--prompts", "prompts.jsonl", "--switch", "2"],
+      words: ["a whole model", "--base"]),
+    Mistake(
+      what: "sample with a switch after the last step",
+      arguments: [
+        "sample", Tool.fluxTiny.path, "--prompt", "a cat", "-o", "a.png", "--steps", "4", "--switch", "5",
+      ], words: ["--switch", "0 to 4", "got 5"]),
+    Mistake(
       what: "sample nothing", arguments: ["sample", Tool.fluxTiny.path, "-o", "a.png"],
       words: ["--prompt", "--prompts"], status: 64),
     Mistake(

@@ -177,6 +177,29 @@ struct GoodInputTests {
     #expect(scratch.exists("pairs.png"))
   }
 
+  @Test("evaluate --switch: a row for each step in text and JSON; sample --switch draws between both models")
+  func hybrid() throws {
+    try scratch.train("config.yaml", "--set", "optim.lr=0.05")  // enough to see in 8 bits
+    let common = ["--prompts", "prompts.jsonl", "--reward", "vivid", "--count", "2", "--steps", "3"]
+    let sweep = ["evaluate", "run", "--switch", "0,1,3"] + common
+    let rows = try #require(
+      try Tool.run(sweep + ["--json"], in: scratch).json()["rows"] as? [[String: Any]])
+    #expect(rows.map { $0["switch_step"] as? Int } == [0, 1, 3])
+    let alone = try Tool.run(["evaluate", "run", "--json"] + common, in: scratch).json()
+    #expect(rows[2]["mean"] as? Double == alone["mean"] as? Double && alone["switch_step"] == nil)
+    let text = try Tool.run(sweep, in: scratch)
+    for word in ["vivid, 0 ", "vivid, 1 ", "vivid, 3 ", "95 % interval", "diversity"] {
+      #expect(text.out.contains(word), "\(text.out)")
+    }
+    let draw = ["sample", "run", "--prompt", "a cat", "--steps", "3"]
+    for (name, step) in [("tuned", []), ("end", ["--switch", "3"]), ("middle", ["--switch", "1"])] {
+      let result = try Tool.run(draw + step + ["-o", "\(name).png"], in: scratch)
+      try #require(result.status == 0, "\(result.err)")
+    }
+    #expect(try scratch.data("tuned.png") == scratch.data("end.png"))
+    #expect(try scratch.data("tuned.png") != scratch.data("middle.png"))
+  }
+
   @Test("a model against itself: the difference is exactly 0")
   func evaluateAgainstItself() throws {
     let base = Tool.fluxTiny.path

@@ -39,6 +39,55 @@ import Testing
     expectClose(got.values, [-1, 1, -2, 2].map { $0 / std }, relative: 1e-8)
   }
 
+  /// Of 1, 2, 3 and then 6, 8: mean 4, squares 9 + 4 + 1 + 4 + 16 = 34 over n − 1 = 4.
+  @Test("running statistics: mean and standard deviation of all rewards of the prompt so far")
+  func running() throws {
+    var seen = RewardStatistics()
+    seen.add([1, 2, 3])
+    #expect(seen.mean == 2 && seen.standardDeviation == 1 && seen.count == 3)
+    let first = try Advantages.groups(rewards: [[1, 2, 3]], running: [seen])
+    #expect(first == (try Advantages.groups(rewards: [[1, 2, 3]])))  // bit for bit
+    seen.add([])
+    seen.add([6, 8])
+    expectClose(seen.mean, 4, relative: 1e-15)
+    expectClose(seen.standardDeviation, 8.5.squareRoot(), relative: 1e-15)
+    let second = try Advantages.groups(
+      rewards: [[6, .nan, 8], [5, 5]], masked: [[false, true, false], [false, false]],
+      running: [
+        seen,
+        {
+          var flat = RewardStatistics(); flat.add([5, 5, 5, 5]); return flat
+        }(),
+      ])
+    let std = 8.5.squareRoot() + 1e-8
+    expectClose(second.values, [2 / std, 0, 4 / std, 0, 0], relative: 1e-14)
+    #expect(second.zeroGroups == 1 && second.masked == 1)
+    // Equal rewards that are better than before are worth something.
+    let equal = try Advantages.groups(rewards: [[6, 6]], running: [seen])
+    expectClose(equal.values, [2 / std, 2 / std], relative: 1e-14)
+    let global = try Advantages.groups(rewards: [[6, 8]], std: .global, running: [seen])
+    expectClose(global.values, [2, 4].map { $0 / (2.0.squareRoot() + 1e-8) }, relative: 1e-14)
+    #expect(RewardStatistics(values: seen.values) == seen)
+    #expect(RewardStatistics(values: RewardStatistics().values) == RewardStatistics())
+    #expect(RewardStatistics(values: [1, 2]) == nil && RewardStatistics(values: [0.5, 0, 0, 0, 0]) == nil)
+  }
+
+  /// Oracle: the two-pass formula over everything; both lose some 1e-16 of the squares of numbers near 10.
+  @Test("running statistics of many batches are those of all rewards at once")
+  func runningBatches() {
+    var (stream, seen, all) = (testStream("running"), RewardStatistics(), [Double]())
+    for size in [1, 12, 3, 7, 1, 20] {
+      let batch = (0..<size).map { _ in 10 + stream.uniform() }
+      seen.add(batch)
+      all += batch
+    }
+    let mean = all.reduce(0, +) / 44
+    let squares = all.reduce(0) { $0 + ($1 - mean) * ($1 - mean) }
+    expectClose(seen.mean, mean, relative: 1e-14)
+    expectClose(seen.standardDeviation, (squares / 43).squareRoot(), relative: 1e-13)
+    #expect(seen.low == all.min() && seen.high == all.max() && seen.varies)
+  }
+
   @Test("clamping acts from group size 27 on")
   func clamp() throws {
     // one outlier among n: (n − 1)/√n
@@ -117,6 +166,30 @@ import Testing
       }
     }
     #expect(clipped > 0)  // the clip was exercised
+  }
+
+  /// Normalised log-ratios are independent of log p: only they may count. Tolerance as above.
+  @Test("log-ratios given apart take the place of the differences", arguments: RatioKind.allCases)
+  func changes(_ ratio: RatioKind) throws {
+    let plain = chunks("changes", scale: 0.3)
+    func value(_ changes: [[Double]]) throws -> SampleObjective {
+      try SampleObjective(
+        advantage: 1.3,
+        chunks: zip(plain, changes).map {
+          TrainedChunk(new: $0.old, old: $0.old, changes: $1, weight: $0.weight)
+        }, ratio: ratio, clip: clip, samples: 3)
+    }
+    let got = try value(plain.map(\.changes))
+    let same = try SampleObjective(advantage: 1.3, chunks: plain, ratio: ratio, clip: clip, samples: 3)
+    #expect(got == same)
+    for (j, chunk) in plain.enumerated() {
+      let sides = try [1e-5, -1e-5].map { h in
+        var changes = plain.map(\.changes)
+        changes[j][chunk.changes.count - 1] += h
+        return try value(changes).value
+      }
+      expectClose(got.coefficients[j].last!, (sides[0] - sides[1]) / 2e-5, absolute: 1e-9)
+    }
   }
 
   /// The closed form of the method, written out for one case of each side of the clip.

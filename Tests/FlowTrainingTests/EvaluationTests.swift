@@ -1,3 +1,5 @@
+import ChunkGRPO
+import FlowModels
 import Foundation
 import Testing
 import Torch
@@ -106,6 +108,84 @@ struct EvaluationTests {
     for key in ["n_prompts", "samples_per_prompt", "mean", "ci95", "per_category", "paired", "guards"] {
       #expect(object?[key] != nil, "contract key \(key)")
     }
+  }
+
+  // MARK: - hybrid inference
+
+  /// Latents after Euler steps written out, the first `tuned` of them by one network: x' = x + Δ·v.
+  private func composition(_ a: Engine, _ b: Engine, tuned: Int, steps: Int) throws -> Tensor {
+    let sigmas = try a.pipeline.schedule(steps: steps, grid: a.grid).sigmas
+    let plan = RandomPlan(seed: 1)
+    let condition = try Condition.stack([try a.encoder("a cat"), try a.encoder("a cat")])
+    var x = try a.noise((0..<2).map { plan.stream(.evaluationNoise, prompt: "a cat", sample: $0) })
+    for i in 0..<steps {
+      let times = try Tensor.full([2], Double(1000 * sigmas[i]))
+      let v = try withoutGrad {
+        try (i < tuned ? a : b).network.velocity(x, times: times, condition: condition, guidance: 3.5)
+      }
+      x = try x + v * Double(sigmas[i + 1] - sigmas[i])
+    }
+    return try a.decode(x)
+  }
+
+  // S = N and S = 0 are the same functions of the same numbers: no tolerance. Between them the oracle is Euler's
+  // rule written out on two separate engines; 1e-5 is float32 rounding of coefficients through three steps and a decoder.
+  @Test("the first S steps tuned, the others base", arguments: [Configuration.Trainable.Kind.lora, .full])
+  func hybrid(_ kind: Configuration.Trainable.Kind) throws {
+    shop.configuration.network.dtype = .float32
+    try shop.train("run") { c in
+      c.trainable.kind = kind
+      if kind == .full { c.optim.lr = 1e-4 }
+    }
+    let tuned = try ModelReference(shop.folder("run").path)
+    let engine = try tuned.load(hybrid: true)
+    let alone = try tuned.load()
+    let base = try Engine(tuned.configuration)
+    func draw(_ engine: Engine, _ step: Int?) throws -> Tensor {
+      try engine.draw(["a cat"], count: 2, steps: 3, seed: 1, switchStep: step)
+    }
+    let (first, last) = (try draw(alone, nil).floats(), try draw(base, nil).floats())
+    #expect(first != last)
+    #expect(try draw(engine, 3).floats() == first && draw(engine, nil).floats() == first)
+    #expect(try draw(engine, 0).floats() == last)
+    for step in 0...3 {
+      let expected = try composition(alone, base, tuned: step, steps: 3)
+      #expect(relativeError(try draw(engine, step).doubles(), try expected.doubles()) < 1e-5)
+    }
+    #expect(try draw(engine, 1).floats() != draw(engine, 2).floats())
+    #expect(message { _ = try draw(engine, 4) }.contains("expected 0 to 3"))
+    #expect(message { _ = try draw(alone, 1) }.contains("loaded with its base"))
+  }
+
+  @Test("a sweep of switch steps: a report each, the last the tuned model's and the first the base's own")
+  func sweep() throws {
+    try shop.train("run")
+    let (tuned, base) = (try reference(shop.folder("run").path), try reference(shop.configuration.model))
+    func comparison(_ against: ModelReference?) -> Comparison {
+      Comparison(
+        tuned: tuned, base: against, rewards: shop.configuration.rewards, prompts: prompts, split: "dev",
+        count: 2, steps: 4, seed: 5)
+    }
+    let reports = try comparison(base).run(switches: [0, 2, 4])
+    #expect(reports.map(\.switchStep) == [0, 2, 4])
+    #expect(reports[0].paired?.difference == 0)
+    let whole = try comparison(base).run()
+    #expect(
+      reports[2].mean == whole.mean && reports[2].paired?.p == whole.paired?.p && whole.switchStep == nil)
+    #expect(reports[1].mean != reports[0].mean && reports[1].mean != reports[2].mean)
+    #expect(reports.allSatisfy { $0.ci95?.count == 2 && $0.paired?.ci95.count == 2 })
+  }
+
+  @Test("a whole model needs to be told its base; one of another kind is refused")
+  func hybridBase() throws {
+    let plain = try reference(shop.configuration.model)
+    #expect(message { _ = try plain.load(hybrid: true) }.contains("--base MODEL"))
+    let other = try reference(shop.configuration.model, base: parity.appending(path: "sd3-tiny").path)
+    #expect(message { _ = try other.load(hybrid: true) }.contains("name the model it was trained from"))
+    let same = try reference(shop.configuration.model, base: shop.configuration.model)
+    let engine = try same.load(hybrid: true)
+    let images = try engine.draw(["a cat"], count: 2, steps: 3, seed: 1, switchStep: 1)
+    #expect(try images.floats() == self.images(same))
   }
 
   // MARK: - what a path can name

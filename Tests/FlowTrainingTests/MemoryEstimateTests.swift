@@ -23,6 +23,9 @@ struct MemoryEstimateTests {
     Case("flux-tiny, adapter") { _ in },
     Case("flux-tiny, more rows") { c in (c.group.size, c.optim.microBatch) = (12, 24) },
     Case("flux-tiny, all weights") { $0.trainable.kind = .full },
+    Case("flux-tiny, all weights against their copy, normalised ratios") { c in
+      (c.trainable.kind, c.loss.kl, c.loss.ratioNorm) = (.full, 0.1, .guard)
+    },
     Case("flux-tiny, checkpointed") { c in
       (c.group.size, c.optim.microBatch, c.network.checkpointing) = (12, 24, .block)
     },

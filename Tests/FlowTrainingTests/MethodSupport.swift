@@ -46,9 +46,10 @@ final class Bench {
     stream.fillNormal(out)
   }
 
-  func rollout(batch: Int = 48, fillsRows: Bool = false) throws -> Trajectories {
-    try Rollout(table: table, guidance: 3.5, batch: batch, fillsRows: fillsRows)
-      .sample(network, initial: initial, conditions: conditions, noise: Bench.noise)
+  func rollout(batch: Int = 48, fillsRows: Bool = false, keepsMeans: Bool = false) throws -> Trajectories {
+    var sampler = Rollout(table: table, guidance: 3.5, batch: batch, fillsRows: fillsRows)
+    sampler.keepsMeans = keepsMeans
+    return try sampler.sample(network, initial: initial, conditions: conditions, noise: Bench.noise)
   }
 
   func rule(microBatch: Int, ratio: RatioKind = .chunk, clip: ClipRange = ClipRange(low: 5e-5, high: 5e-5))
@@ -70,10 +71,11 @@ final class Bench {
 
   func gradient(
     _ samples: [UpdateSample], _ trajectories: Trajectories, microBatch: Int, ratio: RatioKind = .chunk,
-    clip: ClipRange = ClipRange(low: 5e-5, high: 5e-5), first: Bool = true
+    clip: ClipRange = ClipRange(low: 5e-5, high: 5e-5), norm: RatioNorm = .none, first: Bool = true
   ) throws -> (values: [Double], report: UpdateReport) {
-    let report = try rule(microBatch: microBatch, ratio: ratio, clip: clip)
-      .accumulate(samples, trajectories, conditions: conditions, first: first)
+    var rule = rule(microBatch: microBatch, ratio: ratio, clip: clip)
+    rule.ratioNorm = norm
+    let report = try rule.accumulate(samples, trajectories, conditions: conditions, first: first)
     return (try takeGradient(), report)
   }
 
@@ -96,15 +98,18 @@ final class Bench {
     try Tensor.stack(try entries.map { try t.states[$0.step + ahead][$0.row] })
   }
 
-  /// The objective of method.md as it stands there, in one float64 graph from the velocity on, and its gradient.
+  /// The objective as it is defined, in one float64 graph from the velocity on, and its gradient.
   func literal(
-    _ samples: [UpdateSample], _ t: Trajectories, ratio: RatioKind, clip: ClipRange
+    _ samples: [UpdateSample], _ t: Trajectories, ratio: RatioKind, clip: ClipRange, norm: RatioNorm = .none
   ) throws -> (value: Double, ratios: [Double], gradient: [Double]) {
     let entries = samples.flatMap { s in s.chunks.flatMap { $0.steps.map { (row: s.row, step: $0) } } }
     let v = try velocity(entries, t).to(.float64)
     let x = try states(entries, t, ahead: 0).to(.float64)
     let next = try states(entries, t, ahead: 1).to(.float64)
     var logs: [Tensor] = []
+    /// GRPO-Guard's (log-ratio + mean((μ − μ_old)²)/(2s²))·s, as published: both terms, log-ratio and bias.
+    var normalised: [Tensor] = []
+    let old = try norm == .guard ? t.anchor.means!.to(.float64) : nil
     for (e, entry) in entries.enumerated() {
       let sigma = Double(table.schedule.sigmas[entry.step])
       let delta = Double(table.schedule.sigmas[entry.step + 1]) - sigma
@@ -113,6 +118,13 @@ final class Bench {
       let mean =
         try x[e] * (1 + g2 * delta / (2 * sigma)) + v[e] * ((1 + g2 * (1 - sigma) / (2 * sigma)) * delta)
       let variance = g2 * -delta
+      if let old {
+        let before = try old[entry.step][entry.row]
+        let logRatio =
+          try ((next[e] - before).square().mean() - (next[e] - mean).square().mean()) * (0.5 / variance)
+        let bias = try (mean - before).square().mean() * (0.5 / variance)
+        normalised.append(try (logRatio + bias) * variance.squareRoot())
+      }
       logs.append(
         try (next[e] - mean).square().mean() * (-1 / (2 * variance)) + (-0.5 * log(2 * Double.pi * variance)))
     }
@@ -132,7 +144,7 @@ final class Bench {
       for chunk in s.chunks {
         let change = try chunk.steps.map { step in
           defer { at += 1 }
-          return try logs[at] - t.logProbabilities[s.row][step]
+          return try norm == .guard ? normalised[at] : logs[at] - t.logProbabilities[s.row][step]
         }
         let size = Double(chunk.steps.count)
         switch ratio {

@@ -316,6 +316,118 @@ struct PolicyUpdateTests {
     #expect(report.replayGap == 0 && report.ratios == [Double](repeating: 1, count: 12))
   }
 
+  // Hazard 1, for the other ways to form ratios and anchors: exactly 0 and exactly 1, no tolerance.
+  @Test("with normalised ratios and a replayed anchor, too", arguments: kinds, [2, 7, 48])
+  func replayNormalised(_ kind: StepKind, _ microBatch: Int) throws {
+    let bench = try Bench(kind: kind)
+    let t = try bench.rollout(batch: 4, keepsMeans: true)
+    try bench.transformer.modules.makeTrainable()
+    for norm in RatioNorm.allCases {
+      var rule = bench.rule(microBatch: microBatch)
+      rule.ratioNorm = norm
+      let anchored = try rule.anchored(Self.everything, t, conditions: bench.conditions)
+      #expect(anchored.anchor.logProbabilities == t.logProbabilities)
+      if norm == .guard {
+        for step in 0..<5 {
+          #expect(try anchored.anchor.means![step].floats() == t.anchor.means![step].floats())
+        }
+      }
+      // As a later update, too, which takes nothing for granted.
+      for (t, first) in [(t, true), (t, false), (anchored, true), (anchored, false)] {
+        let report = try rule.accumulate(Self.everything, t, conditions: bench.conditions, first: first)
+        #expect(report.ratios == [Double](repeating: 1, count: 12) && report.replayGap == 0)
+      }
+    }
+  }
+
+  @Test("an anchor from a replay: ratios start at 1 whatever the rollout said, whose gap is still measured")
+  func anchored() throws {
+    let bench = try Bench(trainable: true)
+    let t = try bench.rollout()
+    let old = t.logProbabilities.map { $0.map { $0 + 2e-4 } }
+    let changed = Trajectories(states: t.states, clean: t.clean, logProbabilities: old)
+    let counting = CountingModel(FluxFlowModel(bench.transformer, grid: Bench.grid))
+    let rule = PolicyUpdate(
+      network: TimedNetwork(counting), table: bench.table, guidance: 3.5, microBatch: 7, ratio: .step,
+      clip: ClipRange(low: 5e-5, high: 5e-5))
+    let samples = Self.samples
+    let anchored = try rule.anchored(samples, changed, conditions: bench.conditions)
+    // The trained steps of the four samples with advantage: 5 + 3 + 5 + 4 in passes of 7.
+    #expect(counting.passes == [7, 7, 7])
+    #expect(anchored.logProbabilities == old)
+    for sample in samples {
+      let trained = Set(sample.advantage == 0 ? [] : sample.chunks.flatMap(\.steps))
+      for step in 0..<5 {
+        let (got, rollout) = (anchored.anchor.logProbabilities[sample.row][step], old[sample.row][step])
+        #expect(got == (trained.contains(step) ? t.logProbabilities[sample.row][step] : rollout))
+      }
+    }
+    let report = try rule.accumulate(samples, anchored, conditions: bench.conditions, first: true)
+    #expect(report.ratios == [Double](repeating: 1, count: 17))
+    #expect(abs(report.replayGap - 2e-4) < 1e-12)  // a difference of Doubles near 1
+    let plain = try rule.accumulate(samples, changed, conditions: bench.conditions, first: true)
+    #expect(plain.ratios.allSatisfy { abs($0 - exp(-2e-4)) < 1e-12 })
+  }
+
+  // Oracle: the noise that made the steps. Means are float32 numbers near 3, of which differences keep 1e-7.
+  @Test("a normalised log-ratio is the mean of ε·(μ_θ − μ_old), for every kind", arguments: kinds)
+  func normalisedRatio(_ kind: StepKind) throws {
+    let bench = try Bench(kind: kind, trainable: true)
+    let t = try bench.rollout(keepsMeans: true)
+    let before = try withoutGrad { try bench.velocity(Self.rowsOfStepTwo, t) }
+    try bench.perturb(by: 1e-2)
+    let after = try withoutGrad { try bench.velocity(Self.rowsOfStepTwo, t) }
+    let samples = (0..<6).map { UpdateSample(row: $0, advantage: 1, chunks: [(2..<3, 1)]) }
+    let wide = ClipRange(low: 1, high: 1)
+    let report = try bench.gradient(samples, t, microBatch: 48, clip: wide, norm: .guard, first: false).report
+    for s in 0..<6 {
+      let moved = try (after[s] - before[s]).doubles().map { $0 * bench.table.steps[2].velocityWeight }
+      var noise = [Float](repeating: 0, count: moved.count)
+      noise.withUnsafeMutableBufferPointer { Bench.noise(s, 2, $0) }
+      let expected = zip(noise, moved).reduce(0) { $0 + Double($1.0) * $1.1 } / Double(moved.count)
+      #expect(abs(log(report.ratios[s]) - expected) < 1e-7 && abs(expected) > 1e-6)
+    }
+  }
+  private static let rowsOfStepTwo = (0..<6).map { (row: $0, step: 2) }
+
+  @Test("normalised ratios without the sampled means are refused")
+  func normalisedWithoutMeans() throws {
+    let bench = try Bench(trainable: true)
+    let t = try bench.rollout()
+    #expect(
+      message { _ = try bench.gradient(Self.samples, t, microBatch: 48, norm: .guard) }.contains("means"))
+  }
+
+  // The reference of a training of all weights; equal weights through the same functions: no tolerance.
+  @Test("without an adapter the reference is a copy of the weights, and both come back")
+  func fullReference() throws {
+    let bench = try Bench()
+    let t = try bench.rollout()
+    let policy = try Policy(
+      {
+        var full = Configuration.Trainable(); full.kind = .full; return full
+      }(), bench.transformer.modules,
+      device: .cpu, seeds: RandomPlan(seed: 1), keepsReference: true)
+    func velocity() throws -> [Float] {
+      try withoutGrad { try bench.velocity(Self.rowsOfStepTwo, t).floats() }
+    }
+    let before = try velocity()
+    try bench.perturb(by: 1e-2)
+    let (moved, weights) = (try velocity(), try policy.parameters.mapValues { try $0.floats() })
+    #expect(moved != before)
+    #expect(try policy.reference(velocity) == before)
+    struct Stop: Error {}
+    #expect(throws: Stop.self) { try policy.reference { throw Stop() } }
+    #expect(try velocity() == moved && policy.parameters.mapValues { try $0.floats() } == weights)
+    // Its divergence has a gradient, and the graph survives the exchange of weights.
+    var rule = bench.rule(microBatch: 2)
+    rule.penalty = ReferencePenalty(beta: 1, form: .exact) { try policy.reference($0) }
+    let idle = [UpdateSample(row: 0, advantage: 0, chunks: [(0..<5, 1)])]
+    let report = try rule.accumulate(idle, t, conditions: bench.conditions, first: false)
+    #expect(report.divergence > 0 && report.objective == -report.divergence)
+    #expect(try bench.takeGradient().contains { $0 != 0 })
+  }
+
   @Test("a replay that differs is reported with its size, row and step")
   func replayGap() throws {
     let bench = try Bench(trainable: true)
@@ -338,25 +450,27 @@ struct PolicyUpdateTests {
   // sums in another order, method.md "The update".
   @Test(
     "gradients in micro-batches equal those of the literal objective in one graph",
-    arguments: RatioKind.allCases, [1, 3, 48])
-  func literal(_ ratio: RatioKind, _ microBatch: Int) throws {
+    arguments: RatioKind.allCases.flatMap { ratio in RatioNorm.allCases.map { (ratio, $0) } }, [1, 3, 48])
+  func literal(_ kind: (ratio: RatioKind, norm: RatioNorm), _ microBatch: Int) throws {
+    let (ratio, norm) = kind
     let bench = try Bench(trainable: true)
-    let t = try bench.rollout()
+    let t = try bench.rollout(keepsMeans: norm == .guard)
     // Both inside and outside the clip range, as the check below demands.
-    for (size, clip) in [(0.0, ClipRange(low: 5e-5, high: 5e-5)), (2e-3, ClipRange(low: 1e-4, high: 3e-4))] {
+    let moving = norm == .none ? ClipRange(low: 1e-4, high: 3e-4) : ClipRange(low: 1e-6, high: 2e-6)
+    for (size, clip) in [(0.0, ClipRange(low: 5e-5, high: 5e-5)), (2e-3, moving)] {
       try bench.perturb(by: size)
-      let expected = try bench.literal(Self.samples, t, ratio: ratio, clip: clip)
+      let expected = try bench.literal(Self.samples, t, ratio: ratio, clip: clip, norm: norm)
       // Once as the first update, which knows its ratios, and as a later one, which has to find them.
       for first in size == 0 ? [true, false] : [false] {
         let got = try bench.gradient(
-          Self.samples, t, microBatch: microBatch, ratio: ratio, clip: clip, first: first)
+          Self.samples, t, microBatch: microBatch, ratio: ratio, clip: clip, norm: norm, first: first)
         #expect(relativeError(got.values, expected.gradient) < 2.5e-6, "first: \(first)")
       }
       let got = try bench.gradient(
-        Self.samples, t, microBatch: microBatch, ratio: ratio, clip: clip, first: false)
+        Self.samples, t, microBatch: microBatch, ratio: ratio, clip: clip, norm: norm, first: false)
       #expect(got.values.count == expected.gradient.count && got.values.contains { $0 != 0 })
       if size > 0 {
-        let moved = got.report.ratios.filter { abs($0 - 1) > 5e-5 }.count
+        let moved = got.report.ratios.filter { abs($0 - 1) > clip.low / 2 }.count
         #expect(moved > 0 && got.report.clipped > 0 && got.report.clipped < got.report.ratios.count)
         // The literal ratios list the sample without advantage too, which costs no pass here.
         let passed = expected.ratios.count - [RatioKind.step: 2, .chunk: 1, .sequence: 1][ratio]!

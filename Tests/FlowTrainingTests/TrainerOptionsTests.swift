@@ -35,6 +35,11 @@ struct TrainerOptionsTests {
       ["chunk.draw=weighted:softmax", "chunk.stepFraction=0.5"],
       ["loss.kl=0.5"], ["loss.kl=0.5", "loss.klForm=exact", "sampling.step=cps", "sampling.eta=0.8"],
       ["loss.kl=0.5", "loss.klForm=k3", "optim.microBatch=2"],
+      ["loss.kl=0.5", "trainable.kind=full", "optim.lr=1.0e-4"],
+      ["loss.ratioNorm=guard", "loss.clip=[2.0e-6, 2.0e-6]"],
+      ["loss.ratioNorm=guard", "loss.anchor=replay", "loss.kl=0.5", "loss.klForm=k3", "optim.microBatch=3"],
+      ["group.statistics=running"],
+      ["group.statistics=running", "loss.advantageStd=global", "loss.anchor=replay"],
       ["sampling.window=sliding:3,2,1", "chunk.plan=list:1,2"],
       ["sampling.window=random:3", "chunk.plan=adaptive", "chunk.stopSize=2", "chunk.minChunk=1"],
       [
@@ -92,6 +97,50 @@ struct TrainerOptionsTests {
     }
     // "adaptive" and "adaptive-shared" log one plan, and train on others after the first update; all else differs.
     #expect(probabilities.count >= 7)
+  }
+
+  // Oracle: the run that anchors in the rollout; where passes are bit-equal not a byte may differ.
+  @Test(
+    "old log-probabilities from a replay: the same run for one more pass over the trained steps",
+    arguments: ["none", "guard"])
+  func replayedAnchor(_ norm: String) throws {
+    let common = ["loss.ratioNorm=\(norm)", "optim.microBatch=4"]
+    try shop.train("rollout") { try? apply(common, to: &$0) }
+    try shop.train("replay") { try? apply(common + ["loss.anchor=replay"], to: &$0) }
+    #expect(try shop.trained("replay") == shop.trained("rollout"))
+    func rest(_ name: String) throws -> [String] {
+      try shop.timeless(name).map { $0.replacing(/"(rows_update|network_passes)":\d+/, with: "") }
+    }
+    #expect(try rest("replay") == rest("rollout"))
+    for key in ["rows_update", "network_passes"] {
+      let extra = zip(try integers("replay", key), try integers("rollout", key)).map { $0 - $1 }
+      // passes of 4 rows each
+      #expect(extra == (try integers("rollout", "trained_steps").map { ($0 + 3) / 4 * 4 }))
+    }
+  }
+
+  // The mean and spread over all rewards so far are those of the group the first time, and others from then on.
+  @Test("running statistics differ from the group's once a prompt comes again")
+  func runningStatistics() throws {
+    shop.configuration.run.iterations = 3
+    try shop.train("group")
+    try shop.train("running") { $0.group.statistics = .running }
+    let (group, running) = (try shop.timeless("group"), try shop.timeless("running"))
+    // three prompts, two an iteration: the second iteration repeats one
+    #expect(running[0] == group[0] && running[2] != group[2])
+    #expect(try shop.trained("running") != shop.trained("group"))
+    let stored = try SafetensorsFile(shop.checkpoint("running", 3).appending(path: "training.safetensors"))
+    let rows = try stored.require("rewards").doubles()
+    #expect(stride(from: 0, to: 15, by: 5).map { rows[$0] } == [8, 8, 8])
+    #expect(
+      try !SafetensorsFile(shop.checkpoint("group", 3).appending(path: "training.safetensors")).names
+        .contains("rewards"))
+    // Another prompt file under the same run is found out.
+    try Data(#"{"prompt": "a red cat", "split": "train"}"#.utf8).write(to: shop.folder("prompts.jsonl"))
+    #expect(
+      message {
+        try shop.train("running", resume: true) { ($0.group.statistics, $0.run.iterations) = (.running, 4) }
+      }.contains("rewards are those of 3 prompts"))
   }
 
   // Oracle: the run that shares nothing; passes of equally many rows, so not a byte may differ.

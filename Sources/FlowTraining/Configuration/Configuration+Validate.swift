@@ -1,12 +1,12 @@
 import FlowModels
 
 extension Configuration {
-  /// Refuses values that make no sense, alone or together, and those this version does not implement.
+  /// Refuses values that make no sense, alone or together.
   ///
   /// Not checked here: whether the model and the prompts exist, which sizes the model takes, and whether a
   /// reward is known; their owners do.
-  /// - Throws: ``ConfigurationError/invalid(path:reason:)``, ``ConfigurationError/unsupported(path:value:supported:)``, or
-  ///   ``ConfigurationError/several(_:)`` for all that are wrong at once.
+  /// - Throws: ``ConfigurationError/invalid(path:reason:)``, or ``ConfigurationError/several(_:)`` for all that are wrong
+  ///   at once.
   public func validate() throws(ConfigurationError) {
     if let error = ConfigurationError(problems) { throw error }
   }
@@ -15,7 +15,7 @@ extension Configuration {
   var problems: [ConfigurationError] {
     let validation = Validation(self)
     validation.run()
-    return validation.problems + unsupportedValues
+    return validation.problems
   }
 }
 
@@ -24,6 +24,7 @@ private final class Validation {
   let model, output: String
   let prompts: Configuration.Prompts
   let rewards: [Configuration.Reward]
+  let aggregate: Configuration.Aggregate
   let sampling: Configuration.Sampling
   let group: Configuration.Group
   let chunk: Configuration.Chunk
@@ -37,7 +38,7 @@ private final class Validation {
 
   init(_ c: Configuration) {
     (model, output, prompts, rewards, sampling) = (c.model, c.output, c.prompts, c.rewards, c.sampling)
-    (group, chunk, loss, optim) = (c.group, c.chunk, c.loss, c.optim)
+    (aggregate, group, chunk, loss, optim) = (c.aggregate, c.group, c.chunk, c.loss, c.optim)
     (trainable, ema, network, runSettings) = (c.trainable, c.ema, c.network, c.run)
   }
 
@@ -160,6 +161,10 @@ private final class Validation {
     atLeast(1, group.promptsPerIteration, "group.promptsPerIteration")
     let samples = group.size.multipliedReportingOverflow(by: group.promptsPerIteration)
     require(!samples.overflow, "group.size", "times group.promptsPerIteration is too large")
+    require(
+      group.statistics == .group || aggregate == .sum, "group.statistics",
+      "running compares with rewards of earlier iterations, aggregate normalised leaves none that compare: its z-scores "
+        + "have mean 0 in every group; use aggregate sum, or group.statistics group")
     positive(optim.lr, "optim.lr")
     notNegative(optim.weightDecay, "optim.weightDecay")
     require(
@@ -182,10 +187,6 @@ private final class Validation {
       "expected two numbers above 0, [lower, upper], got \(Self.text(loss.clip))")
     positive(loss.advantageClip, "loss.advantageClip")
     notNegative(loss.kl, "loss.kl")
-    require(
-      loss.kl == 0 || trainable.kind == .lora, "loss.kl",
-      "the reference is the network without its adapter, trainable.kind full has none: use 0, or trainable.kind lora"
-    )
     require(
       loss.kl == 0 || sampling.step != .cps || loss.klForm != .flowGRPO, "loss.klForm",
       "flowGRPO divides by g, which sampling.step cps does not have; use exact or k3")

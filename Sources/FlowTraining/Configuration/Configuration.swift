@@ -217,8 +217,18 @@ extension Configuration {
     public var size = 12
     /// Prompts of one iteration, over all devices.
     public var promptsPerIteration = 4
+    /// Rewards that an advantage compares with.
+    public var statistics = Statistics.group
     /// Every default.
     public init() {}
+
+    /// Rewards whose mean is subtracted and whose standard deviation divides.
+    public enum Statistics: String, Choice, CaseIterable {
+      /// Those of the group.
+      case group
+      /// All that samples of the prompt have had in the run so far, these included.
+      case running
+    }
   }
 
   /// How trajectories are cut into chunks, and which are trained on.
@@ -291,8 +301,21 @@ extension Configuration {
     public var klForm = KLForm.flowGRPO
     /// Where old log-probabilities come from.
     public var anchor = Anchor.rollout
+    /// How a step's log-ratio is formed.
+    public var ratioNorm = RatioNorm.none
     /// Every default.
     public init() {}
+
+    /// Whether a rollout has to keep the means of its steps.
+    var keepsMeans: Bool { ratioNorm == .guard && anchor == .rollout }
+
+    /// How a step's log-ratio is formed.
+    public enum RatioNorm: String, Choice, CaseIterable {
+      /// The difference of log-probabilities.
+      case none
+      /// GRPO-Guard's: without its bias, times s.
+      case `guard`
+    }
 
     /// Samples whose standard deviation divides the advantages.
     public enum AdvantageStd: String, Choice, CaseIterable {

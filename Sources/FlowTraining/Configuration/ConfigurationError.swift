@@ -20,8 +20,6 @@ public enum ConfigurationError: Error, CustomStringConvertible, Sendable, Equata
   case fixedOnResume(at: String, path: String)
   /// A value that makes no sense, alone or with others.
   case invalid(path: String, reason: String)
-  /// A value that makes sense, but is not implemented.
-  case unsupported(path: String, value: String, supported: String)
   /// All that is wrong, two or more of the others.
   indirect case several([ConfigurationError])
 
@@ -38,7 +36,7 @@ public enum ConfigurationError: Error, CustomStringConvertible, Sendable, Equata
   var path: String? {
     switch self {
     case .unknownKey(_, _, let path), .wrongType(_, let path, _, _), .invalid(let path, _),
-      .unsupported(let path, _, _), .fixedOnResume(_, let path):
+      .fixedOnResume(_, let path):
       path
     default: nil
     }
@@ -60,8 +58,6 @@ public enum ConfigurationError: Error, CustomStringConvertible, Sendable, Equata
       "\(at): \(path) is fixed by the run being resumed; only \(Configuration.resumable) may be set; "
         + "start a new run to change it"
     case .invalid(let path, let reason): "\(path): \(reason)"
-    case .unsupported(let path, let value, let supported):
-      "\(path): \(value) is not implemented in this version; use \(supported)"
     case .several(let errors): "\(errors.count) problems\n" + errors.map { "  \($0)" }.joined(separator: "\n")
     }
   }

@@ -127,7 +127,10 @@ extension Configuration.Sampling: Configuration.Section {
 
 extension Configuration.Group: Configuration.Section {
   static var fields: [Configuration.Field<Self>] {
-    [.init("size", \.size), .init("promptsPerIteration", \.promptsPerIteration)]
+    [
+      .init("size", \.size), .init("promptsPerIteration", \.promptsPerIteration),
+      .init("statistics", \.statistics),
+    ]
   }
 }
 
@@ -146,7 +149,7 @@ extension Configuration.Loss: Configuration.Section {
     [
       .init("clip", \.clip), .init("advantageClip", \.advantageClip),
       .init("advantageStd", \.advantageStd), .init("kl", \.kl), .init("klForm", \.klForm),
-      .init("anchor", \.anchor),
+      .init("anchor", \.anchor), .init("ratioNorm", \.ratioNorm),
     ]
   }
 }
