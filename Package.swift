@@ -36,7 +36,7 @@ let package = Package(
     .target(name: "TorchNN", dependencies: ["Torch"]),
     .target(name: "Pictures", dependencies: ["CCairo"]),
     .target(name: "FlowModels", dependencies: ["ChunkGRPO", "Torch", "TorchNN"]),
-    .target(name: "FlowRewards", dependencies: ["Torch"]),
+    .target(name: "FlowRewards", dependencies: ["ChunkGRPO", "Torch"]),
     .target(
       name: "FlowTraining",
       dependencies: [
@@ -48,7 +48,6 @@ let package = Package(
     // `make bench` builds it.
     .executableTarget(
       name: "bench-runner", dependencies: ["FlowTraining", "Pictures"], path: "Benchmarks/Runner"),
-
     // What tests compare with diffusers and PEFT.
     .target(name: "Peers", dependencies: ["FlowModels", "Torch"], path: "Tests/Peers"),
     .testTarget(name: "ChunkGRPOTests", dependencies: ["ChunkGRPO"]),

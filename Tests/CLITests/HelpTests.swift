@@ -7,7 +7,8 @@ import Testing
 @Suite("help")
 struct HelpTests {
   static let commands = [
-    "", "train", "sample", "evaluate", "encode", "inspect", "export", "merge", "verify", "study", "demo",
+    "", "train", "pretrain", "sample", "evaluate", "encode", "inspect", "export", "merge", "verify", "study",
+    "demo",
     "bench",
   ]
   static let isRecording = ProcessInfo.processInfo.environment["RECORD_SNAPSHOTS"] != nil
