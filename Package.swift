@@ -48,6 +48,11 @@ let package = Package(
     // `make bench` builds it.
     .executableTarget(
       name: "bench-runner", dependencies: ["FlowTraining", "Pictures"], path: "Benchmarks/Runner"),
+    // A flow model that is not an image model; `swift run density`.
+    .executableTarget(
+      name: "density", dependencies: ["ChunkGRPO", "FlowModels", "FlowTraining", "Torch", "TorchNN"],
+      path: "Examples/Density"),
+
     // What tests compare with diffusers and PEFT.
     .target(name: "Peers", dependencies: ["FlowModels", "Torch"], path: "Tests/Peers"),
     .testTarget(name: "ChunkGRPOTests", dependencies: ["ChunkGRPO"]),
@@ -55,7 +60,7 @@ let package = Package(
     .testTarget(name: "PicturesTests", dependencies: ["Pictures"]),
     .testTarget(name: "FlowModelsTests", dependencies: ["FlowModels", "Peers"]),
     .testTarget(name: "FlowRewardsTests", dependencies: ["FlowRewards"]),
-    .testTarget(name: "FlowTrainingTests", dependencies: ["FlowTraining", "Peers"]),
+    .testTarget(name: "FlowTrainingTests", dependencies: ["FlowTraining", "Peers", "density"]),
     .testTarget(name: "CLITests", exclude: ["Snapshots"]),
   ]
 )
