@@ -83,7 +83,7 @@ test: build ## run all tests
 	@swift test --skip-build --disable-xctest $(DEBUG)
 
 lint: ## check the format of Swift and the syntax of the scripts
-	swift format lint --strict --recursive Benchmarks Sources Tests Package.swift
+	swift format lint --strict --recursive Benchmarks Examples Sources Tests Package.swift
 	@for script in .ci/run Tools/*.sh; do bash -n $$script || exit 1; done
 	@if command -v shellcheck > /dev/null; then shellcheck .ci/run Tools/*.sh; fi
 

@@ -36,7 +36,7 @@ let package = Package(
     .target(name: "TorchNN", dependencies: ["Torch"]),
     .target(name: "Pictures", dependencies: ["CCairo"]),
     .target(name: "FlowModels", dependencies: ["ChunkGRPO", "Torch", "TorchNN"]),
-    .target(name: "FlowRewards", dependencies: ["Torch"]),
+    .target(name: "FlowRewards", dependencies: ["ChunkGRPO", "Torch"]),
     .target(
       name: "FlowTraining",
       dependencies: [
@@ -48,6 +48,10 @@ let package = Package(
     // `make bench` builds it.
     .executableTarget(
       name: "bench-runner", dependencies: ["FlowTraining", "Pictures"], path: "Benchmarks/Runner"),
+    // A flow model that is not an image model; `swift run density`.
+    .executableTarget(
+      name: "density", dependencies: ["ChunkGRPO", "FlowModels", "FlowTraining", "Torch", "TorchNN"],
+      path: "Examples/Density"),
 
     // What tests compare with diffusers and PEFT.
     .target(name: "Peers", dependencies: ["FlowModels", "Torch"], path: "Tests/Peers"),
@@ -56,7 +60,7 @@ let package = Package(
     .testTarget(name: "PicturesTests", dependencies: ["Pictures"]),
     .testTarget(name: "FlowModelsTests", dependencies: ["FlowModels", "Peers"]),
     .testTarget(name: "FlowRewardsTests", dependencies: ["FlowRewards"]),
-    .testTarget(name: "FlowTrainingTests", dependencies: ["FlowTraining", "Peers"]),
+    .testTarget(name: "FlowTrainingTests", dependencies: ["FlowTraining", "Peers", "density"]),
     .testTarget(name: "CLITests", exclude: ["Snapshots"]),
   ]
 )

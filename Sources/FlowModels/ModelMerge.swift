@@ -223,6 +223,10 @@ public enum ModelMerge {
   private static let weights: Set = [
     "safetensors", "bin", "ckpt", "pt", "pth", "gguf", "sft", "msgpack", "onnx",
   ]
+  /// Whether a file of this name holds weights, or says in which files they are.
+  static func holdsWeights(_ name: String) -> Bool {
+    weights.contains(URL(filePath: name).pathExtension) || name.hasSuffix(".index.json")
+  }
 
   /// Copies everything but the transformer's weights; returns what else was left out for holding those.
   private static func copy(_ model: URL, to target: URL, shards: Set<String>) throws -> [String] {

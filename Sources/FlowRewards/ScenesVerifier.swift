@@ -38,7 +38,6 @@ public final class ScenesVerifier: Reward {
   /// `scenes`.
   public let name = "scenes"
   private let score: Score
-  private let classes: Set<String>
   let sprites: SpriteSheet
   let templates: TemplateSpectra
 
@@ -46,7 +45,6 @@ public final class ScenesVerifier: Reward {
   public init(sprites url: URL, score: Score = .graded) throws {
     sprites = try SpriteSheet(url)
     templates = try TemplateSpectra(sprites, side: Self.side)
-    classes = Set(sprites.objects.map { String(SpriteSheet.className($0)) })
     self.score = score
   }
 
@@ -56,7 +54,7 @@ public final class ScenesVerifier: Reward {
   ///   naming the prompt.
   public func scores(_ images: Tensor, prompts: [RewardPrompt]) throws -> [RewardScore] {
     try checkImages(images, for: name, prompts: prompts.count)
-    let scenes = try prompts.map(scene)
+    let scenes = try prompts.map(sprites.scene)
     return try zip(zip(detections(images), finiteImages(images)), scenes).map { found, scene in
       guard found.1 else { return RewardScore(value: nil) }
       let (strict, graded) = try Self.score(found.0, against: scene)
@@ -64,19 +62,6 @@ public final class ScenesVerifier: Reward {
         value: score == .strict ? strict : graded,
         parts: ["strict": strict, "graded": graded, "detections": Double(found.0.count)])
     }
-  }
-
-  /// The prompt's scene, if it has one that the glyphs can show.
-  private func scene(of prompt: RewardPrompt) throws(RewardError) -> Scene {
-    guard let scene = prompt.scene else { throw .promptWithoutScene(prompt: prompt.text) }
-    if let flaw = scene.flaw { throw .badScene(prompt: prompt.text, reason: flaw) }
-    for entry in scene.include {
-      let wanted = entry.color.map { "\($0) \(entry.name)" } ?? entry.name
-      if entry.color == nil ? classes.contains(wanted) : sprites.objects.contains(wanted) { continue }
-      let known = sprites.objects.joined(separator: ", ")
-      throw .badScene(prompt: prompt.text, reason: "no glyph shows a \(wanted); known: \(known)")
-    }
-    return scene
   }
 
   /// Scores what was found in an image.

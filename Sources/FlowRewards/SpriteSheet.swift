@@ -32,6 +32,20 @@ struct SpriteSheet: Sendable {
     }
   }
 
+  /// The prompt's scene, if it has one that the glyphs can show.
+  func scene(of prompt: RewardPrompt) throws(RewardError) -> Scene {
+    guard let scene = prompt.scene else { throw .promptWithoutScene(prompt: prompt.text) }
+    if let flaw = scene.flaw { throw .badScene(prompt: prompt.text, reason: flaw) }
+    let classes = Set(objects.map(Self.className))
+    for entry in scene.include {
+      let wanted = entry.color.map { "\($0) \(entry.name)" } ?? entry.name
+      if entry.color == nil ? classes.contains(wanted[...]) : objects.contains(wanted) { continue }
+      let known = objects.joined(separator: ", ")
+      throw .badScene(prompt: prompt.text, reason: "no glyph shows a \(wanted); known: \(known)")
+    }
+    return scene
+  }
+
   /// The last word of an object's name.
   static func className(_ object: String) -> Substring { object.split(separator: " ").last ?? "" }
   /// The first word of an object's name if it has two.

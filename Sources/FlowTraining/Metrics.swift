@@ -27,9 +27,11 @@ public struct MetricsRow: Sendable {
     for (key, value) in counts { object[key] = value }
     object["iteration"] = iteration
     object["update"] = update
-    object["chunk_sizes"] = chunkSizes
-    object["draw_p"] = drawProbabilities.map(number)
-    object["draw_inclusion"] = inclusion.map(number)
+    if !chunkSizes.isEmpty {
+      object["chunk_sizes"] = chunkSizes
+      object["draw_p"] = drawProbabilities.map(number)
+      object["draw_inclusion"] = inclusion.map(number)
+    }
     object["seconds"] = seconds.mapValues(number)
     let data = try JSONSerialization.data(
       withJSONObject: object, options: [.sortedKeys, .withoutEscapingSlashes])

@@ -40,6 +40,11 @@ public struct ModelReference: Sendable {
       configuration = try Self.defaults(url)
       return
     }
+    // A run of pretraining, whose result is a folder in it.
+    if isFolder.boolValue, exists("model/model_index.json") {
+      configuration = try Self.defaults(url.appending(path: "model"))
+      return
+    }
     // A run, a checkpoint, or an adapter inside one.
     let parent = url.deletingLastPathComponent()
     let config = [url, parent, parent.deletingLastPathComponent()].map { $0.appending(path: "config.yaml") }

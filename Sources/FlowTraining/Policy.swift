@@ -53,11 +53,6 @@ public final class Policy {
     return try parameters.exchanged(with: initial, body)
   }
 
-  /// Overwrites the trainable tensors with saved ones.
-  public func restore(_ saved: (String) throws -> Tensor) throws {
-    for (name, tensor) in parameters { try tensor.copy(from: try saved(name)) }
-  }
-
   /// Writes what other programs load: `pytorch_lora_weights.safetensors`, or the transformer's own layout.
   public func export(to folder: URL, config: URL) throws {
     try FileManager.default.createDirectory(at: folder, withIntermediateDirectories: true)

@@ -16,9 +16,11 @@ public struct RunError: Error, CustomStringConvertible, Sendable, Equatable {
 public struct RunFolder: Sendable {
   /// The folder.
   public let url: URL
+  /// The command whose run it is, for messages.
+  private let command: String
 
   /// A folder that exists or will be created.
-  public init(_ url: URL) { self.url = url }
+  public init(_ url: URL, command: String = "train") { (self.url, self.command) = (url, command) }
 
   /// The resolved configuration.
   public var configFile: URL { url.appending(path: "config.yaml") }
@@ -37,19 +39,22 @@ public struct RunFolder: Sendable {
       present.contains(where: { !$0.hasPrefix("config.yaml.tmp-") })
     {
       throw RunError(
-        "output: \(url.path) is not empty: continue that run with train --resume \(url.path), or choose another --set output=…"
+        "output: \(url.path) is not empty: continue that run with \(command) --resume \(url.path), or choose another --set output=…"
       )
     }
   }
 
   /// Starts a new run: the folder must be empty or not exist.
-  public func create(_ configuration: Configuration) throws {
+  public func create(_ configuration: Configuration) throws { try create(yaml: configuration.yaml()) }
+
+  /// Starts a new run of the configuration `yaml`.
+  public func create(yaml: String) throws {
     try requireNew()
     let files = FileManager.default
     do {
       // The configuration first: from then on the folder is a run that can be resumed.
       try files.createDirectory(at: url, withIntermediateDirectories: true)
-      try AtomicFile.write(Data(configuration.yaml().utf8), to: configFile)
+      try AtomicFile.write(Data(yaml.utf8), to: configFile)
     } catch {
       throw RunError(
         "output: \(url.path) cannot be written (\(Self.reason(error))): choose another --set output=…")
@@ -77,7 +82,8 @@ public struct RunFolder: Sendable {
   public func requireRun() throws {
     guard FileManager.default.fileExists(atPath: configFile.path) else {
       throw RunError(
-        "--resume: \(url.path) is no run folder (it has no config.yaml); start one with train CONFIG.yaml")
+        "--resume: \(url.path) is no run folder (it has no config.yaml); start one with \(command) CONFIG.yaml"
+      )
     }
   }
 
@@ -109,7 +115,7 @@ public struct RunFolder: Sendable {
     let files = FileManager.default
     for name in (try? files.subpathsOfDirectory(atPath: url.path)) ?? [] {
       let last = URL(filePath: name).lastPathComponent
-      if last.hasPrefix(".unfinished-") || last.contains(".tmp-") {
+      if last.contains(".unfinished-") || last.contains(".tmp-") {
         try? files.removeItem(at: url.appending(path: name))
       }
     }
@@ -188,6 +194,19 @@ public struct RunFolder: Sendable {
   private func list() -> [URL] {
     let names = (try? FileManager.default.contentsOfDirectory(atPath: checkpoints.path)) ?? []
     return names.filter { $0.hasPrefix("iteration-") }.sorted(by: >).map { checkpoints.appending(path: $0) }
+  }
+
+  /// Brings the folder back to its newest whole checkpoint: without later rows, and what killed writes left.
+  ///
+  /// - Parameter warn: called with one line about each damaged checkpoint, or about there being none.
+  /// - Returns: the checkpoint's folder and the iterations it has done; nil where there is none.
+  func rewind(_ warn: (String) -> Void) throws -> (folder: URL, iteration: Int)? {
+    removeLeftovers()
+    let (found, warnings) = newestCheckpoint()
+    for warning in warnings { warn(warning) }
+    if found == nil { warn("no checkpoint yet: starting at iteration 0") }
+    try truncateMetrics(after: found?.state.iteration ?? 0)
+    return found.map { ($0.folder, $0.state.iteration) }
   }
 
   /// The newest checkpoint that is whole, and one line about each newer one that is not.

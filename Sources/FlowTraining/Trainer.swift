@@ -573,32 +573,21 @@ public final class Trainer {
 
   // MARK: checkpoints
 
-  /// Copies of everything that changes: parameters under `parameter.`, moments under `optimizer.`, the moving average
-  /// under `average.`.
+  private var state: TrainingState {
+    TrainingState(parameters: policy.parameters, optimizer: optimizer, average: average)
+  }
   private func snapshot() throws -> [String: Tensor] {
-    var state: [String: Tensor] = ["update": try Tensor([Int64(update)])]
-    for (name, tensor) in policy.parameters { state["parameter." + name] = try tensor.detach().clone() }
-    for (name, tensor) in optimizer.state { state["optimizer." + name] = try tensor.clone() }
-    for (name, tensor) in average?.values ?? [:] { state["average." + name] = try tensor.clone() }
+    var snapshot = try state.snapshot(update: update)
     if configuration.group.statistics == .running {
-      state["rewards"] = try Tensor(
+      snapshot["rewards"] = try Tensor(
         prompts.flatMap { (seen[$0.text] ?? RewardStatistics()).values }, shape: [prompts.count, 5])
     }
-    return state
+    return snapshot
   }
-
-  private func load(_ state: [String: Tensor]) throws {
-    func entry(_ name: String) throws -> Tensor {
-      guard let tensor = state[name] else { throw RunError("checkpoint: \(name) is missing") }
-      return tensor
-    }
-    try policy.restore { try entry("parameter." + $0) }
-    try optimizer.restore { try entry("optimizer." + $0) }
-    try average?.restore { try entry("average." + $0) }
-    for tensor in policy.parameters.values { try tensor.clearGrad() }
-    update = Int(try entry("update").item())
+  private func load(_ snapshot: [String: Tensor]) throws {
+    update = try state.load(snapshot)
     guard configuration.group.statistics == .running else { return }
-    let rewards = try entry("rewards")
+    let rewards = try TrainingState.entry("rewards", of: snapshot)
     let rows = try rewards.doubles()
     guard rewards.shape == [prompts.count, 5] else {
       throw RunError(
@@ -612,9 +601,7 @@ public final class Trainer {
 
   private func save() throws {
     try folder.save(iteration: iteration, update: update, keep: configuration.run.keep) { target in
-      try Safetensors.write(
-        try snapshot(), metadata: ["iteration": String(iteration)],
-        to: target.appending(path: "training.safetensors"))
+      try TrainingState.write(try snapshot(), iteration: iteration, to: target)
       try averaged { try policy.export(to: target, config: transformerConfig) }
       try AtomicFile.write(Data(configuration.yaml().utf8), to: target.appending(path: "config.yaml"))
       try choice?.write(to: target)
@@ -632,24 +619,16 @@ public final class Trainer {
   }
 
   private func restore() throws {
-    folder.removeLeftovers()
-    let (found, warnings) = folder.newestCheckpoint()
-    for warning in warnings { report(.warning(warning)) }
-    guard let found else {
-      report(.warning("no checkpoint yet: starting at iteration 0"))
+    guard let found = try folder.rewind({ report(.warning($0)) }) else {
       if strategy == .auto { _ = try recall(from: folder.url) }
-      return try folder.truncateMetrics(after: 0)
+      return
     }
-    let file = try SafetensorsFile(found.folder.appending(path: "training.safetensors"))
-    var state: [String: Tensor] = [:]
-    for name in file.names { state[name] = try file.tensor(name) }
-    try load(state)
-    iteration = found.state.iteration
+    try load(try TrainingState.read(found.folder))
+    iteration = found.iteration
     saved = iteration
     if strategy == .auto, !(try recall(from: found.folder)), iteration > 0 {
       throw RunError("\(found.folder.path): \(PlanChoice.fileName), the plan of chunk.plan auto, is missing")
     }
-    try folder.truncateMetrics(after: iteration)
     // A kill may have come between the checkpoint and the adapter.
     try exportAdapter()
   }

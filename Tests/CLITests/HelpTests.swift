@@ -7,7 +7,8 @@ import Testing
 @Suite("help")
 struct HelpTests {
   static let commands = [
-    "", "train", "sample", "evaluate", "encode", "inspect", "export", "merge", "chunks", "verify", "study",
+    "", "train", "pretrain", "sample", "evaluate", "encode", "inspect", "export", "merge", "chunks", "verify",
+    "study",
     "demo",
     "bench",
   ]

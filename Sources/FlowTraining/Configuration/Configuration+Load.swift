@@ -135,7 +135,7 @@ extension Configuration {
   }
 
   /// One `--set`, as the nested mapping it stands for.
-  private struct Override {
+  struct Override {
     let place: Place
     let node: Node
 
