@@ -79,9 +79,9 @@ extension Image {
 }
 
 /// What `evaluate` reports: the contract of its `--json`.
-public struct EvaluationReport: Encodable, Sendable {
+public struct EvaluationReport: Codable, Sendable {
   /// Mean and 95 % interval over prompts.
-  public struct Part: Encodable, Sendable {
+  public struct Part: Codable, Sendable {
     /// Prompts.
     public let n: Int
     /// Mean over prompts of the mean over their images.
@@ -95,7 +95,7 @@ public struct EvaluationReport: Encodable, Sendable {
     }
   }
   /// Paired comparison by prompt: tuned − base.
-  public struct Paired: Encodable, Sendable {
+  public struct Paired: Codable, Sendable {
     /// Mean difference.
     public let difference: Double
     /// Student-t interval of the difference.
@@ -108,7 +108,7 @@ public struct EvaluationReport: Encodable, Sendable {
     }
   }
   /// One reward.
-  public struct RewardPart: Encodable, Sendable {
+  public struct RewardPart: Codable, Sendable {
     /// Over all prompts.
     public let mean: Double
     /// Interval of ``mean``.

@@ -52,7 +52,9 @@ struct Demo: ParsableCommand {
       withJSONObject: summary, options: [.sortedKeys, .prettyPrinted, .withoutEscapingSlashes])
     try data.write(to: URL(filePath: "\(run)/summary.json"), options: .atomic)
     if json { return print(String(decoding: data, as: UTF8.self)) }
-    print("\n" + Self.text(report))
+    let decoder = JSONDecoder()
+    decoder.keyDecodingStrategy = .convertFromSnakeCase
+    print("\n" + Evaluate.text(try decoder.decode(EvaluationReport.self, from: output)))
     print(
       "\nseconds: set-up and build \(Int(setupSeconds)), train \(Int(trainSeconds)), evaluate \(Int(evaluateSeconds))"
     )
@@ -121,56 +123,5 @@ struct Demo: ParsableCommand {
       "samples_per_prompt": report["samples_per_prompt"] ?? NSNull(),
       "seconds": seconds, "commands": commands, "picture": picture, "seeds": [seed], "rewards": rewards,
     ]
-  }
-
-  /// The same table as `evaluate` prints, from its JSON.
-  private static func text(_ report: [String: Any]) -> String {
-    func number(_ value: Any?, _ digits: Int = 4, signed: Bool = false) -> String {
-      guard let x = value as? Double else { return "" }
-      return signed ? Terminal.signed(x, digits) : Terminal.fixed(x, digits)
-    }
-    func interval(_ value: Any?) -> String {
-      guard let ci = value as? [Double], ci.count == 2 else { return "" }
-      return "[\(Terminal.fixed(ci[0], 4)), \(Terminal.fixed(ci[1], 4))]"
-    }
-    var rows = [
-      [
-        "reward, category", "prompts", "base", "tuned", "95 % interval", "difference", "95 % interval", "p",
-        "",
-      ]
-    ]
-    for (name, part) in (report["rewards"] as? [String: [String: Any]] ?? [:]).sorted(by: { $0.key < $1.key })
-    {
-      let against = part["against"] as? [String: [String: Any]] ?? [:]
-      let paired = part["paired"] as? [String: Any] ?? [:]
-      let base = against["all"]?["mean"] as? Double ?? .nan
-      let change = (paired["difference"] as? Double ?? .nan) / base * 100
-      rows.append([
-        name, "\(report["n_prompts"] ?? "")", number(base), number(part["mean"]), interval(part["ci95"]),
-        number(paired["difference"], signed: true), interval(paired["ci95"]),
-        (paired["p"] as? Double).map { String(format: "%.1e", $0) } ?? "", "\(Terminal.signed(change, 1)) %",
-      ])
-      for (tag, value) in (part["per_category"] as? [String: [String: Any]] ?? [:]).sorted(by: {
-        $0.key < $1.key
-      }) {
-        let before = against[tag]?["mean"] as? Double ?? .nan
-        let after = value["mean"] as? Double ?? .nan
-        rows.append([
-          "  \(tag)", "\(value["n"] ?? "")", number(before), number(after), interval(value["ci95"]),
-          number(after - before, signed: true),
-        ])
-      }
-    }
-    func guards(_ name: String, _ value: Any?) -> [String] {
-      let g = value as? [String: Any] ?? [:]
-      return [name, number(g["blank"]), number(g["diversity"]), number(g["ink"]), number(g["vivid"])]
-    }
-    let table = [
-      ["guards", "blank", "diversity", "ink", "vivid"], guards("base", report["guards_against"]),
-      guards("tuned", report["guards"]),
-    ]
-    let collapsed = report["collapsed"] as? [String] ?? []
-    return Terminal.table(rows) + "\n\n" + Terminal.table(table) + "\n"
-      + (collapsed.isEmpty ? "no guard collapsed" : "COLLAPSED: " + collapsed.joined(separator: "; "))
   }
 }

@@ -141,12 +141,16 @@ struct Evaluate: ParsableCommand {
     return Terminal.table(rows) + (guards.count > 1 ? "\n\n" + Terminal.table(guards) : "")
   }
 
+  private static func percent(_ change: Double, of base: Double) -> String {
+    base == 0 ? "" : "\(Terminal.signed(change / base * 100, 1)) %"
+  }
+
   static func text(_ report: EvaluationReport) -> String {
     var rows: [[String]] = []
     let compared = report.against != nil
     rows.append(
       ["reward, category", "prompts"] + (compared ? ["base", "tuned"] : ["mean"]) + ["95 % interval"]
-        + (compared ? ["difference", "95 % interval", "p"] : []))
+        + (compared ? ["difference", "95 % interval", "p", ""] : []))
     for (name, part) in report.rewards.sorted(by: { $0.key < $1.key }) {
       var cells = [name, "\(report.nPrompts)"]
       if let base = part.against?["all"] { cells.append(Terminal.fixed(base.mean, 4)) }
@@ -154,6 +158,7 @@ struct Evaluate: ParsableCommand {
       if let paired = part.paired {
         cells += [
           Terminal.signed(paired.difference, 4), interval(paired.ci95), String(format: "%.1e", paired.p),
+          Self.percent(paired.difference, of: part.mean - paired.difference),
         ]
       }
       rows.append(cells)
