@@ -185,6 +185,8 @@ struct RewardSet {
       return values
     }
   }
+  /// The prompt that rewards are tried with: one that names no objects, if there is one.
+  static func probe(_ prompts: [Prompt]) -> Prompt { prompts.first { $0.include.isEmpty } ?? prompts[0] }
   /// Images judged together: rewards hold several times what they see.
   static func slices(_ count: Int, height: Int, width: Int) -> [Range<Int>] {
     let size = max(1, (1 << 24) / (height * width))

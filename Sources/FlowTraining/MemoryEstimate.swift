@@ -98,7 +98,7 @@ public struct MemoryModel {
     let conditionDType: DType = wide && blueprint.guidance != .classifierFree ? .bfloat16 : .float32
     let condition =
       textTokens * blueprint.textWidth * conditionDType.size + blueprint.pooledWidth * 4
-    let prompts = try PromptFile(file: URL(filePath: c.prompts.file), split: c.prompts.split).prompts.count
+    let prompts = try PromptFile(file: URL(filePath: c.prompts.file), split: c.prompts.split).prompts
     let inMemory =
       c.prompts.embeddings == "memory" || (c.prompts.embeddings == "auto" && text.bytes ?? 0 <= 1 << 28)
     standing = [
@@ -111,7 +111,8 @@ public struct MemoryModel {
       .init(name: "moving average", bytes: average),
       .init(name: "reference policy", bytes: full && c.loss.kl > 0 ? 4 * trained : 0),
       .init(
-        name: "text embeddings", bytes: inMemory ? prompts * condition : min(prompts * condition, 1 << 30)),
+        name: "text embeddings",
+        bytes: inMemory ? prompts.count * condition : min(prompts.count * condition, 1 << 30)),
     ].filter { $0.bytes > 0 }
     snapshot = 4 * trained + moments + average
     encoders = text.memory ?? 0
@@ -125,7 +126,7 @@ public struct MemoryModel {
       textDType: conditionDType)
     (rolloutPass, updatePass) = try probe.lines(grid, textTokens, exact: explicit)
     decodePass = try Self.decode(autoencoder, options.decodeDType)
-    judging = try Self.judge(c)
+    judging = try Self.judge(c, prompts)
   }
 
   /// The estimate for `microBatch` rows a pass.
@@ -204,11 +205,10 @@ public struct MemoryModel {
   }
 
   /// Bytes of what judges images beside them: the rewards a slice at a time, or the guards a group at a time.
-  private static func judge(_ c: Configuration) throws -> Int {
+  private static func judge(_ c: Configuration, _ prompts: [Prompt]) throws -> Int {
     let (height, width) = (c.sampling.height, c.sampling.width)
     let pair = try Tensor.zeros([2, 3, height, width], device: .cpu)
-    let prompts = try PromptFile(file: URL(filePath: c.prompts.file), split: c.prompts.split).prompts
-    let prompt = prompts.first { $0.include.isEmpty } ?? prompts[0]
+    let prompt = RewardSet.probe(prompts)
     let rewards = try RewardSet(c.rewards)
     func bytes(_ body: () throws -> Void) throws -> Int { try TorchRuntime.peakAllocation(body).bytes / 2 }
     let reward = try bytes { _ = try rewards.score(pair, [prompt, prompt]) }

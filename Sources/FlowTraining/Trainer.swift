@@ -85,8 +85,8 @@ public final class Trainer {
       moments: AdamW.Moments(rawValue: c.optim.state.rawValue)!, offload: c.optim.offload)
     average = c.ema.decay > 0 ? try WeightAverage(policy.parameters, decay: c.ema.decay) : nil
     // A reward that cannot judge these prompts is found now, not after the first rollout.
-    let probe = prompts.first { $0.include.isEmpty } ?? prompts[0]
-    _ = try rewards.score(try Tensor.zeros([1, 3, c.sampling.height, c.sampling.width]), [probe])
+    _ = try rewards.score(
+      try Tensor.zeros([1, 3, c.sampling.height, c.sampling.width]), [RewardSet.probe(prompts)])
     let all = try PromptFile(file: URL(filePath: c.prompts.file), split: "all").prompts
     evaluationPrompts = all.filter { $0.split == "dev" }
     // One prompt of each kind, from the part for choosing settings where there is one.
