@@ -78,13 +78,22 @@ test: build ## run all tests
 	{ [ "$(CI)" != true ] && echo 'test: warning: without tokenizer vocabularies the tests that read them fail'; }
 	@[ -n "$(CHUNKGRPO_TEST_PYTHON)" ] || Tools/setup-python-tests.sh || \
 	{ [ "$(CI)" != true ] && echo 'test: warning: without .python-tests LoRA files are not compared with diffusers and PEFT'; }
+	@python=$${CHUNKGRPO_TEST_PYTHON:-.python-tests/bin/python}; start=$$SECONDS; \
+	if "$$python" -c 'import fastapi, pytest, scipy, transformers, uvicorn' 2> /dev/null; then \
+	  "$$python" -m pytest -q -p no:cacheprovider RewardServer/tests && echo "test: reward server ($$((SECONDS - start)) s)"; \
+	else \
+	  echo "test: warning: the reward server is not tested: $$python lacks packages of Tools/reference/requirements.txt"; \
+	  [ "$(CI)" != true ]; \
+	fi
 	@start=$$SECONDS && swift build $(QUIET) --build-tests $(DEBUG) && \
 	echo "test: test bundle ($$((SECONDS - start)) s)"
 	@swift test --skip-build --disable-xctest $(DEBUG)
 
-lint: ## check the format of Swift and the syntax of the scripts
+lint: ## check the format of Swift and the syntax of scripts and Python
 	swift format lint --strict --recursive Benchmarks Examples Sources Tests Package.swift
 	@for script in .ci/run Tools/*.sh; do bash -n $$script || exit 1; done
+	@if command -v python3 > /dev/null; then python3 -c \
+	  'import ast, pathlib; [ast.parse(p.read_text(), str(p)) for p in pathlib.Path("RewardServer").rglob("*.py")]'; fi
 	@if command -v shellcheck > /dev/null; then shellcheck .ci/run Tools/*.sh; fi
 
 bench: build ## measure speed against diffusers; BENCH="--only mini.train --rounds 9" chooses

@@ -15,7 +15,8 @@ quiet() { "$@" >>"$log" 2>&1 </dev/null; }
 packages_load() {
   # Links: a torch that was moved away leaves the environment without one.
   quiet "$target/bin/python" -c 'import importlib.metadata as m, torch
-for name in ["diffusers", "transformers", "peft", "safetensors"]: m.version(name)'
+for name in ["diffusers", "transformers", "peft", "safetensors", "fastapi", "uvicorn", "pillow", "scipy", "pytest"]:
+  m.version(name)'
 }
 
 if cmp -s "$requirements" "$target/requirements.txt" && packages_load; then

@@ -1,0 +1,6 @@
+"""`python -m chunkgrpo_rewards`."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())
