@@ -29,14 +29,19 @@ let package = Package(
   targets: [
     .systemLibrary(name: "CTorch", pkgConfig: "ctorch"),
     .systemLibrary(name: "CCairo", pkgConfig: "cairo", providers: [.apt(["libcairo2-dev"])]),
+    .systemLibrary(name: "CCurl", pkgConfig: "libcurl", providers: [.apt(["libcurl4-openssl-dev"])]),
+    .systemLibrary(
+      name: "CTurboJPEG", pkgConfig: "libturbojpeg", providers: [.apt(["libturbojpeg0-dev"])]),
     .systemLibrary(name: "CZlib", pkgConfig: "zlib", providers: [.apt(["zlib1g-dev"])]),
 
     .target(name: "ChunkGRPO"),
     .target(name: "Torch", dependencies: ["CTorch"]),
     .target(name: "TorchNN", dependencies: ["Torch"]),
-    .target(name: "Pictures", dependencies: ["CCairo"]),
+    .target(name: "Pictures", dependencies: ["CCairo", "CTurboJPEG"]),
     .target(name: "FlowModels", dependencies: ["ChunkGRPO", "Torch", "TorchNN"]),
-    .target(name: "FlowRewards", dependencies: ["ChunkGRPO", "Torch"]),
+    .target(
+      name: "FlowRewards",
+      dependencies: ["CCurl", "ChunkGRPO", "FlowModels", "Pictures", "Torch", "TorchNN"]),
     .target(
       name: "FlowTraining",
       dependencies: [
@@ -48,6 +53,8 @@ let package = Package(
     // `make bench` builds it.
     .executableTarget(
       name: "bench-runner", dependencies: ["FlowTraining", "Pictures"], path: "Benchmarks/Runner"),
+    // Pictures of one run's curves; `swift run curves RUN NAME`.
+    .executableTarget(name: "curves", dependencies: ["FlowTraining", "Pictures"], path: "Examples/Curves"),
     // A flow model that is not an image model; `swift run density`.
     .executableTarget(
       name: "density", dependencies: ["ChunkGRPO", "FlowModels", "FlowTraining", "Torch", "TorchNN"],
@@ -59,8 +66,9 @@ let package = Package(
     .testTarget(name: "TorchTests", dependencies: ["Torch", "TorchNN"]),
     .testTarget(name: "PicturesTests", dependencies: ["Pictures"]),
     .testTarget(name: "FlowModelsTests", dependencies: ["FlowModels", "Peers"]),
-    .testTarget(name: "FlowRewardsTests", dependencies: ["FlowRewards"]),
-    .testTarget(name: "FlowTrainingTests", dependencies: ["FlowTraining", "Peers", "density"]),
+    .testTarget(
+      name: "FlowRewardsTests", dependencies: ["FlowRewards", "Pictures"], exclude: ["reward_server.py"]),
+    .testTarget(name: "FlowTrainingTests", dependencies: ["FlowTraining", "Peers", "density", yams]),
     .testTarget(name: "CLITests", exclude: ["Snapshots"]),
   ]
 )

@@ -8,7 +8,7 @@ are compared, the reference's best variant is found, and then each runs the case
 import argparse, contextlib, datetime, itertools, json, os, platform, statistics, subprocess, sys, tempfile
 from pathlib import Path
 
-from limits import decoder_cost, network_cost
+from limits import clip_cost, decoder_cost, network_cost
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "Benchmarks"
@@ -201,6 +201,31 @@ class Bench:
         self.add(
             name, seconds(a), seconds(b), self.floor(*cost(ours), ours), ours_variant=ours, ours_seconds=own, reference_variant=reference,
             reference_seconds=times, errors=errors, **note)
+
+    def clip(self, name):
+        """CLIPScore of 12 images and 12 prompts by a ViT-L/14 of random weights; ours may remember no text."""
+        text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12, "projection_dim": 768}
+        vision = {
+            "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24, "patch_size": 14,
+            "image_size": 224, "projection_dim": 768}
+        config = {"text_config": text | {"eos_token_id": 2}, "vision_config": vision, "projection_dim": 768}
+        vocabulary = PARITY / "clip-tiny-quickgelu"
+        shape = {"folder": str(self.scratch / "clip-l"), "name": "clip", "batch": 12, "prompts": str(ROOT / "Data/prompts.jsonl")}
+        inputs = str(self.scratch / f"{name}.safetensors")
+        with self.workers() as workers:
+            more = {"config": config, "vocabulary": str(vocabulary), "size": [512, 512]}
+            workers[1]("inputs", kind="clip", parameters=shape | more, file=inputs)
+            shape["inputs"] = inputs
+            errors = self.compare(workers, "clip", ("float32",), shape, shape)
+            trials = 1 if self.quick else 2
+            self.best(workers[0], "clip", {"float32": shape}, trials)
+            options = {f"float32 {a}": shape | {"attention": a} for a in (("sdpa",) if self.quick else ("sdpa", "math"))}
+            reference, times = self.best(workers[1], "clip", options, trials)
+            a, b, _ = self.alternate(workers)
+        flops, size = clip_cost(config, 12, 24)
+        self.add(
+            name, seconds(a), seconds(b), self.floor(flops, size, "float32"), ours_variant="float32", reference_variant=reference,
+            reference_seconds=times, errors=errors, gflop=round(flops / 1e9, 1))
 
     def configuration(self, **sections):
         """A configuration file of one prompt on FLUX-mini; JSON is YAML."""
@@ -419,6 +444,7 @@ ROWS = {
     "decode": decode,
     "reward.vivid": reward("vivid"),
     "reward.scenes": reward("scenes"),
+    "reward.clip": Bench.clip,
     "step.published": lambda bench, name: bench.step(name, "published", "full"),
     "step.published.lora": lambda bench, name: bench.step(name, "published", "lora"),
     "step.batched": lambda bench, name: bench.step(name, "batched", "full", outside="step.outside"),

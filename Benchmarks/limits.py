@@ -105,3 +105,17 @@ def decoder_cost(c, batch, height, width, dtype="float32"):
             conv(size, size, pixels, 2)
     conv(before, c["out_channels"], pixels)
     return flops, SIZE[dtype] * (weights + 2 * outputs)
+
+
+def clip_cost(c, batch, text_tokens, dtype="float32"):
+    """FLOPs and bytes of both towers of a transformers CLIP configuration, with as many texts as images."""
+    v, t = c["vision_config"], c["text_config"]
+    patches = (v["image_size"] // v["patch_size"]) ** 2
+    flops = 2 * batch * patches * v["hidden_size"] * 3 * v["patch_size"] ** 2
+    weights = outputs = 0
+    for tower, tokens in ((v, patches + 1), (t, text_tokens)):
+        d, hidden, layers = tower["hidden_size"], tower["intermediate_size"], tower["num_hidden_layers"]
+        weights += layers * (4 * d * d + 2 * d * hidden)
+        outputs += layers * batch * tokens * (5 * d + hidden)
+        flops += layers * batch * (2 * tokens * (4 * d * d + 2 * d * hidden) + 4 * tokens * tokens * d)
+    return flops, SIZE[dtype] * (weights + 2 * outputs)

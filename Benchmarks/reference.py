@@ -244,6 +244,42 @@ class Reward:
     check = run
 
 
+class Clip:
+    """Images and prompts to cosines as the published scorers do: bytes, Pillow, transformers' processor and CLIPModel."""
+
+    def __init__(self, p):
+        from transformers import CLIPModel, CLIPTokenizer
+        from transformers.utils import logging
+        try:
+            from transformers import CLIPImageProcessorPil as Processor
+        except ImportError:
+            from transformers import CLIPImageProcessor as Processor
+
+        logging.disable_progress_bar()
+        folder, self.precision = p["folder"], Precision(p)
+        self.model = CLIPModel.from_pretrained(folder, torch_dtype=DTYPES[self.precision.dtype]).eval()
+        self.processor = Processor.from_pretrained(folder)
+        self.tokenizer = CLIPTokenizer(f"{folder}/vocab.json", f"{folder}/merges.txt")
+        self.images = load_file(p["inputs"])["images"]
+        lines = Path(p["prompts"]).read_text().splitlines()[: len(self.images)]
+        self.prompts = [json.loads(line)["prompt"] for line in lines]
+
+    def prepare(self):
+        pass
+
+    def run(self):
+        from PIL import Image
+
+        with torch.no_grad(), self.precision():
+            levels = (self.images * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+            pixels = self.processor(images=[Image.fromarray(x) for x in levels], return_tensors="pt")["pixel_values"]
+            tokens = self.tokenizer(self.prompts, padding=True, truncation=True, max_length=77, return_tensors="pt")
+            o = self.model(pixel_values=pixels, **tokens)
+            return {"output": torch.tensor((o.image_embeds * o.text_embeds).sum(-1).tolist())}
+
+    check = run
+
+
 # --------------------------------------------------------------------------------------------------------------- loops
 
 
@@ -463,7 +499,8 @@ class Device(Published):
         return model
 
 
-CASES = {"network": Network, "decode": Decode, "reward": Reward, "published": Published, "batched": Batched, "device": Device}
+CASES = {
+    "network": Network, "decode": Decode, "reward": Reward, "clip": Clip, "published": Published, "batched": Batched, "device": Device}
 
 
 # ------------------------------------------------------------------------------------------------------------- inputs
@@ -534,7 +571,34 @@ def wide_inputs(p):
     return network_inputs(p)
 
 
-INPUTS = {"network": network_inputs, "wide": wide_inputs, "decode": decode_inputs, "reward": reward_inputs}
+def clip_inputs(p):
+    """A CLIP folder of random weights, with the vocabulary of the folder `vocabulary`, and smooth images."""
+    import shutil
+    from transformers import CLIPConfig, CLIPModel
+
+    folder = Path(p["folder"])
+    if not (folder / "config.json").exists():
+        torch.manual_seed(1)
+        model = CLIPModel(CLIPConfig(**p["config"]))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(0, parameter[0].numel() ** -0.5)
+        model.save_pretrained(folder)
+        size = p["config"]["vision_config"]["image_size"]
+        (folder / "preprocessor_config.json").write_text(json.dumps({
+            "size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}, "resample": 3, "do_center_crop": True,
+            "do_normalize": True, "do_rescale": True, "do_resize": True, "rescale_factor": 1 / 255, "do_convert_rgb": True,
+            "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
+            "image_processor_type": "CLIPImageProcessor"}))
+        for name in ("vocab.json", "merges.txt"):
+            shutil.copy(Path(p["vocabulary"]) / name, folder / name)
+    coarse = torch.rand(p["batch"], 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    return {"images": torch.nn.functional.interpolate(coarse, size=p["size"], mode="bicubic").clamp(0, 1)}
+
+
+INPUTS = {
+    "network": network_inputs, "wide": wide_inputs, "decode": decode_inputs, "reward": reward_inputs, "clip": clip_inputs}
 
 
 def compare(theirs, ours):

@@ -53,6 +53,11 @@ missing_packages() {
   command -v make >/dev/null || echo make
   command -v pkg-config >/dev/null || echo pkg-config
   pkg-config --exists cairo 2>/dev/null || echo libcairo2-dev
+  pkg-config --exists libcurl 2>/dev/null || echo libcurl4-openssl-dev
+  pkg-config --exists libturbojpeg 2>/dev/null || echo libturbojpeg0-dev
+  ldconfig -p 2>/dev/null | grep -q 'libtesseract\.so\.' || echo libtesseract5
+  [ -n "$(find /usr/share/tesseract-ocr /usr/share/tessdata -name eng.traineddata -print -quit 2>/dev/null)" ] ||
+    echo tesseract-ocr-eng
   pkg-config --exists zlib 2>/dev/null || echo zlib1g-dev # cairo's headers need it anyway
   [ -n "$(find -L /usr/share/fonts /usr/local/share/fonts -name 'DejaVuSans.ttf' -print -quit 2>/dev/null)" ] ||
     echo fonts-dejavu-core

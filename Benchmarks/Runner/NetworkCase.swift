@@ -111,20 +111,36 @@ final class RewardCase: Case {
   private let reward: any Reward
   private let images: Tensor
   private let prompts: [RewardPrompt]
+  private var asked: [RewardPrompt]
+  private var runs = 0
 
   init(_ p: Parameters) throws {
-    reward = try RewardFactory.make(name: try need(p.name, "name"))
+    var settings = RewardSettings(name: try need(p.name, "name"))
+    (settings.model, settings.batch) = (p.folder, p.folder == nil ? nil : p.batch)
+    reward = try RewardFactory.make(settings)
     images = try Inputs(p.inputs)("images")
     let lines = try String(contentsOfFile: try need(p.prompts, "prompts"), encoding: .utf8).split(
       separator: "\n")
     prompts = try lines.prefix(images.size(0)).map { try RewardPrompt(jsonLine: Data($0.utf8)) }
+    asked = prompts
   }
-  private func scores() throws -> [Double] {
-    try reward.scores(images, prompts: prompts).map { $0.value ?? .nan }
+
+  /// New texts: rewards that remember their embeddings embed these.
+  func prepare() {
+    runs += 1
+    asked = prompts.map { prompt in
+      var prompt = prompt
+      prompt.text += " \(runs)"
+      return prompt
+    }
+  }
+
+  private func scores(_ prompts: [RewardPrompt]) throws -> [Double] {
+    try reward.scoresNow(images, prompts: prompts).map { $0.value ?? .nan }
   }
   func run() throws -> [String: Double] {
-    _ = try scores()
+    _ = try scores(asked)
     return [:]
   }
-  func check() throws -> [String: Tensor] { ["output": try Tensor(try scores())] }
+  func check() throws -> [String: Tensor] { ["output": try Tensor(try scores(prompts))] }
 }

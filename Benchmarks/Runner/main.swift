@@ -39,7 +39,7 @@ struct Request: Decodable {
 struct Parameters: Decodable {
   var folder, inputs, family, dtype, train, name, config, prompts, device: String?
   var grid: [Int]?
-  var chunk, trained, rank, rows, group, steps, textTokens, checkpointing: Int?
+  var chunk, trained, rank, rows, group, steps, textTokens, checkpointing, batch: Int?
   var updates: [[[Int]]]?
   var charts: [Chart]?
 }
@@ -59,7 +59,7 @@ func make(_ kind: String, _ p: Parameters) throws -> any Case {
   switch kind {
   case "network": try NetworkCase(p)
   case "decode": try DecodeCase(p)
-  case "reward": try RewardCase(p)
+  case "reward", "clip": try RewardCase(p)
   case "step": try StepCase(p)
   case "loop": try LoopCase(p)
   case "device": try DeviceCase(p)

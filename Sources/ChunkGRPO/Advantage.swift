@@ -141,6 +141,14 @@ public struct Advantages: Sendable, Equatable {
       masked: masked.reduce(0) { $0 + $1.filter { $0 }.count })
   }
 
+  /// Groups of sums that are advantages already: ``RewardAggregate/advantages``.
+  public static func summed(_ sums: [[Double]], masked: [[Bool]], clamp: Double = 5) -> Advantages {
+    Advantages(
+      values: sums.flatMap { $0.map { min(max($0, -clamp), clamp) } },
+      zeroGroups: sums.count { $0.allSatisfy { $0 == 0 } },
+      masked: masked.reduce(0) { $0 + $1.count { $0 } })
+  }
+
   /// Refuses groups below two samples, shapes that differ and unmasked rewards that are not finite.
   fileprivate static func check(_ rewards: [Double], masked: [Bool], group: Int) throws(AdvantageError) {
     guard rewards.count > 1 else { throw .groupTooSmall(group: group, size: rewards.count) }
@@ -173,8 +181,14 @@ private func standardised(
 public enum RewardAggregate: String, Codable, CaseIterable, Sendable {
   /// Σ w_k R_k.
   case sum
-  /// Σ w_k z_k, each reward first standardised within its group (0 where it is equal for all).
+  /// Σ w_k z_k, each reward first standardised within its group (0 where it is equal for all); standardised again as
+  /// the advantages of one reward are. With `loss.advantageStd: global` that is GDPO's normalisation over the batch.
   case normalised
+  /// Σ w_k A_k, A_k the clamped advantages of each reward alone: the sum is not standardised again, so that a group
+  /// where rewards contradict each other moves little.
+  ///
+  /// Source: Tencent-Hunyuan/MixGRPO@e5cdd6a fastvideo/train_grpo_flux.py, `advantage_aggr`.
+  case advantages
 
   /// The combined rewards of one group.
   ///
@@ -182,9 +196,10 @@ public enum RewardAggregate: String, Codable, CaseIterable, Sendable {
   ///   - rewards: for each reward, one value a sample.
   ///   - weights: one for each reward.
   ///   - masked: samples to leave out of the statistics; theirs is 0.
+  ///   - clamp: largest magnitude of an advantage, for `advantages`, whose sums are clamped by ``Advantages/summed(_:masked:clamp:)``.
   /// - Throws: ``AdvantageError``.
   public func combine(
-    rewards: [[Double]], weights: [Double], masked: [Bool]? = nil
+    rewards: [[Double]], weights: [Double], masked: [Bool]? = nil, clamp: Double = 5
   ) throws(AdvantageError) -> [Double] {
     guard let first = rewards.first, rewards.count == weights.count else {
       throw .weightCount(rewards: rewards.count, weights: weights.count)
@@ -197,7 +212,8 @@ public enum RewardAggregate: String, Codable, CaseIterable, Sendable {
       }
       try Advantages.check(reward, masked: masked, group: 0)
       let kept = zip(reward, masked).filter { !$1 }.map(\.0)
-      let values = self == .sum ? reward : standardised(reward, masked: masked, statistics(kept))
+      var values = self == .sum ? reward : standardised(reward, masked: masked, statistics(kept))
+      if self == .advantages { values = values.map { min(max($0, -clamp), clamp) } }
       for i in total.indices where !masked[i] { total[i] += weight * values[i] }
     }
     return total

@@ -89,6 +89,9 @@ public struct TrainedChunk: Sendable, Equatable {
 /// In all three ∂/∂log p_θ(i), or by that log-ratio, is A·r·u·ω / S with u = 0 where the clip holds the objective constant: at ratio
 /// 1 they are the same numbers. The clip is one-sided: u = 1 if (A > 0 and r ≤ 1 + ε⁺) or (A < 0 and r ≥ 1 −
 /// ε⁻).
+///
+/// Rewards that weigh otherwise in late chunks give a chunk an advantage A_j of its own: it stands for A in the ratios of
+/// that chunk, and `sequence` has Σ Ω_j·min(r·A_j, clip(r)·A_j) / S with Ω_j = W_j / ΣW.
 public struct SampleObjective: Sendable, Equatable {
   /// ∂value/∂(log-ratio) for each trained chunk and step; without a ``RatioNorm`` that is ∂value/∂log p_θ and a
   /// minimiser's loss −Σ coefficient·log p_θ.
@@ -103,19 +106,30 @@ public struct SampleObjective: Sendable, Equatable {
   /// The share itself.
   public let value: Double
 
-  /// The share of one sample, from its advantage and its trained chunks.
+  /// The share of one sample whose chunks all have the advantage A.
+  ///
+  /// - Throws: ``ObjectiveError/notFinite(chunk:step:new:old:)``.
+  public init(
+    advantage: Double, chunks: [TrainedChunk], ratio: RatioKind, clip: ClipRange, samples: Int
+  ) throws(ObjectiveError) {
+    try self.init(
+      advantages: chunks.map { _ in advantage }, chunks: chunks, ratio: ratio, clip: clip, samples: samples)
+  }
+
+  /// The share of one sample, from its trained chunks and their advantages.
   ///
   /// - Parameters:
-  ///   - advantage: A.
+  ///   - advantages: A_j, one a chunk.
   ///   - chunks: the sample's trained chunks, at least one.
   ///   - ratio: over what ratios are formed.
   ///   - clip: ε⁻ and ε⁺.
   ///   - samples: S, the samples of the update, those with zero advantage and masked ones included.
   /// - Throws: ``ObjectiveError/notFinite(chunk:step:new:old:)``.
   public init(
-    advantage: Double, chunks: [TrainedChunk], ratio: RatioKind, clip: ClipRange, samples: Int
+    advantages: [Double], chunks: [TrainedChunk], ratio: RatioKind, clip: ClipRange, samples: Int
   ) throws(ObjectiveError) {
     precondition(!chunks.isEmpty && samples > 0, "an objective needs a trained chunk and a sample")
+    precondition(advantages.count == chunks.count, "an objective needs an advantage for every chunk")
     let total = chunks.reduce(0) { $0 + $1.weight }
     let omega = chunks.map { $0.weight / (Double($0.new.count) * total) }
     let changes = chunks.map(\.changes)
@@ -137,20 +151,38 @@ public struct SampleObjective: Sendable, Equatable {
       ratios = [r]
       perStep = changes.map { $0.map { _ in r } }
     }
-    func passes(_ r: Double) -> Bool {
+    func passes(_ r: Double, _ advantage: Double) -> Bool {
       (advantage > 0 && r <= 1 + clip.high) || (advantage < 0 && r >= 1 - clip.low)
     }
-    coefficients = zip(perStep, omega).map { ratios, omega in
-      ratios.map { passes($0) ? advantage * $0 * omega / Double(samples) : 0 }
+    func clippedShare(_ r: Double, _ advantage: Double) -> Double {
+      min(r * advantage, min(max(r, 1 - clip.low), 1 + clip.high) * advantage)
     }
     stepWeights = omega.map { $0 / Double(samples) }
-    clipped = ratios.map { advantage != 0 && !passes($0) }
-    value = zip(perStep, omega).reduce(0) { sum, chunk in
-      // a ratio shared by several steps enters with the sum of their ω
-      chunk.0.reduce(sum) { sum, r in
-        let bounded = min(max(r, 1 - clip.low), 1 + clip.high)
-        return sum + chunk.1 * min(r * advantage, bounded * advantage) / Double(samples)
+    if ratio == .sequence, Set(advantages).count > 1 {
+      // One ratio under several advantages: every step moves it, and with it the shares of all chunks.
+      let (r, parts) = (ratios[0], zip(advantages, chunks).map { ($0, $1.weight / total) })
+      let slope = parts.reduce(0) { $0 + (passes(r, $1.0) ? $1.0 * $1.1 : 0) }
+      coefficients = zip(perStep, omega).map { ratios, omega in
+        ratios.map { _ in slope * r * omega / Double(samples) }
       }
+      clipped = [parts.contains { $0.0 != 0 } && !parts.contains { passes(r, $0.0) }]
+      value = parts.reduce(0) { $0 + clippedShare(r, $1.0) * $1.1 } / Double(samples)
+      return
+    }
+    let terms = zip(zip(perStep, omega), advantages).map { (ratios: $0.0, omega: $0.1, advantage: $1) }
+    coefficients = terms.map { ratios, omega, advantage in
+      ratios.map { passes($0, advantage) ? advantage * $0 * omega / Double(samples) : 0 }
+    }
+    clipped =
+      switch ratio {
+      case .sequence: [advantages[0] != 0 && !passes(ratios[0], advantages[0])]
+      case .chunk: terms.map { $0.advantage != 0 && !passes($0.ratios[0], $0.advantage) }
+      case .step:
+        terms.flatMap { term in term.ratios.map { term.advantage != 0 && !passes($0, term.advantage) } }
+      }
+    value = terms.reduce(0) { sum, term in
+      // a ratio shared by several steps enters with the sum of their ω
+      term.ratios.reduce(sum) { $0 + term.omega * clippedShare($1, term.advantage) / Double(samples) }
     }
   }
 

@@ -10,13 +10,27 @@ public struct GuardValues: Codable, Sendable, Equatable {
   public var ink: Double
   /// Mean Hasler–Süsstrunk colourfulness, as ``Vivid``.
   public var vivid: Double
+  /// Mean ``Sharpness``; nil for images below 3 pixels a side, and in what older versions wrote.
+  public var sharpness: Double?
+  /// Mean ``GridEnergy``; nil for images below 18 pixels a side, and in what older versions wrote.
+  public var grid: Double?
 
   /// Creates values measured elsewhere.
-  public init(blank: Double, diversity: Double, ink: Double, vivid: Double) {
-    self.blank = blank
-    self.diversity = diversity
-    self.ink = ink
-    self.vivid = vivid
+  public init(
+    blank: Double, diversity: Double, ink: Double, vivid: Double, sharpness: Double? = nil,
+    grid: Double? = nil
+  ) {
+    (self.blank, self.diversity, self.ink, self.vivid) = (blank, diversity, ink, vivid)
+    (self.sharpness, self.grid) = (sharpness, grid)
+  }
+
+  /// Those that were measured, by name, in the order of reports.
+  public var named: [(name: String, value: Double)] {
+    [
+      ("blank", blank), ("diversity", diversity), ("ink", ink), ("vivid", vivid), ("sharpness", sharpness),
+      ("grid", grid),
+    ]
+    .compactMap { name, value in value.map { (name, $0) } }
   }
 
   /// Measures groups of images of one prompt each, one group after the other: beside the images there is memory for one.
@@ -33,10 +47,13 @@ public struct GuardValues: Codable, Sendable, Equatable {
       throw RewardError.badGroups(images: total, groupSize: groupSize)
     }
     var (blank, ink, vivid, broken) = ([Double](), [Double](), [Double](), 0)
+    var (sharpness, grid) = ([Double](), [Double]())
+    let side = min(images.size(2), images.size(3))
     var diversity = 0.0
     try withoutGrad {
       for start in stride(from: 0, to: total, by: groupSize) {
-        var group = try images[start..<start + groupSize].to(.float32)
+        // Contiguous, so that sums do not round by how the images happen to lie in memory.
+        var group = try images[start..<start + groupSize].to(.float32).contiguous()
         if blackens {
           group = try group.isFinite().select(group, else: try Tensor.zeros(like: group))
         } else {
@@ -46,13 +63,17 @@ public struct GuardValues: Codable, Sendable, Equatable {
         blank += try darkest.amin([1, 2]).floats().map { $0 > 0.97 ? 1 : 0 }
         ink += try darkest.mean([1, 2]).doubles().map { 1 - $0 }
         vivid += try Vivid.values(group)
+        if side >= 3 { sharpness += try Sharpness.values(group) }
+        if side >= 18 { grid += try GridEnergy.values(group) }
         diversity += try self.diversity(group)
       }
     }
     guard broken == 0 else { throw RewardError.notFinite(images: broken, of: total) }
     // Every group has as many pairs, so the mean over all pairs is the mean of the groups' means.
     let pairs = Double(total) * Double(groupSize - 1) / 2
-    return GuardValues(blank: mean(blank), diversity: diversity / pairs, ink: mean(ink), vivid: mean(vivid))
+    return GuardValues(
+      blank: mean(blank), diversity: diversity / pairs, ink: mean(ink), vivid: mean(vivid),
+      sharpness: sharpness.isEmpty ? nil : mean(sharpness), grid: grid.isEmpty ? nil : mean(grid))
   }
 
   /// Sum over pairs of a group's images of their RMS difference, taken directly: the cancellation in a Gram matrix would

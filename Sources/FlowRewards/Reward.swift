@@ -2,17 +2,67 @@ import Foundation
 import Torch
 
 /// A function of images and their prompts: what training raises.
+///
+/// A reward that is computed in this process conforms to ``LocalReward`` instead; one that waits for another process or
+/// a server conforms to this, and is asked while the next samples are drawn.
 public protocol Reward: Sendable {
-  /// The name in configuration, metrics and error messages.
+  /// The name in configuration and error messages.
   var name: String { get }
+  /// Throws for prompts that it can never judge, before any image is drawn.
+  func check(_ prompts: [RewardPrompt]) throws
+  /// Called once before the probe: throws where what it needs is not there.
+  func prepare() async throws
+  /// What it is tried with before a run.
+  var probe: RewardProbe { get }
+  /// Whether the prompts change its scores.
+  var readsPrompts: Bool { get }
   /// Scores `images`, one score a prompt, in order.
   ///
   /// - Parameters:
   ///   - images: [B, 3, H, W], float32 in 0…1, on any device.
   ///   - prompts: B prompts.
-  /// - Returns: B scores; an image that cannot be scored has a nil value, never a number.
-  /// - Throws: ``RewardError`` or `TorchError` when the call as a whole is wrong.
+  /// - Returns: B scores; an image that could not be scored has a nil value and the reason, never a number.
+  /// - Throws: ``RewardError`` or `TorchError` when the call as a whole is wrong: a mistake of ours or of the
+  ///   configuration. What may be otherwise the next time is a score without value.
+  func score(_ images: Tensor, prompts: [RewardPrompt]) async throws -> [RewardScore]
+}
+
+extension Reward {
+  /// Any prompt will do.
+  public func check(_ prompts: [RewardPrompt]) throws {}
+  /// Nothing to prepare.
+  public func prepare() async throws {}
+  /// A sign with a word, against a grey plane.
+  public var probe: RewardProbe { .sign }
+  /// They do.
+  public var readsPrompts: Bool { true }
+}
+
+/// A reward that is computed here, on the thread that asks.
+public protocol LocalReward: Reward {
+  /// ``Reward/score(_:prompts:)`` without waiting for anybody.
   func scores(_ images: Tensor, prompts: [RewardPrompt]) throws -> [RewardScore]
+  /// What its model takes with images of this size; nil for rewards without one, whose memory grows with the images.
+  func memory(height: Int, width: Int) -> RewardMemory?
+}
+
+/// What a reward's model takes, known before it is loaded.
+public struct RewardMemory: Sendable, Equatable {
+  /// Whose weights: rewards of one model hold them once.
+  public var model: String
+  /// Their bytes.
+  public var weights: Int
+  /// Bytes of a call beside its images, however many these are.
+  public var call: Int
+}
+
+extension LocalReward {
+  /// None.
+  public func memory(height: Int, width: Int) -> RewardMemory? { nil }
+  /// The same, for whoever does not care where it is computed.
+  public func score(_ images: Tensor, prompts: [RewardPrompt]) async throws -> [RewardScore] {
+    try scores(images, prompts: prompts)
+  }
 }
 
 /// What one image earned.
@@ -21,11 +71,50 @@ public struct RewardScore: Sendable, Equatable {
   public var value: Double?
   /// Named components for the metrics.
   public var parts: [String: Double]
+  /// Why there is no value, in a few words.
+  public var failure: String?
+  /// How often it was asked again.
+  public var retries: Int
 
   /// Creates a score.
-  public init(value: Double?, parts: [String: Double] = [:]) {
+  public init(value: Double?, parts: [String: Double] = [:], failure: String? = nil, retries: Int = 0) {
     self.value = value
     self.parts = parts
+    self.failure = failure
+    self.retries = retries
+  }
+}
+
+/// Two images of known order for a prompt: a reward that cannot tell them apart would teach nothing.
+public struct RewardProbe: Sendable, Equatable {
+  /// The prompt.
+  public var prompt: RewardPrompt
+  /// Files in `Data/probe`: the image that should score higher, and the other; PNG.
+  public var better: String, worse: String
+
+  /// Creates a probe.
+  public init(prompt: RewardPrompt, better: String, worse: String) {
+    (self.prompt, self.better, self.worse) = (prompt, better, worse)
+  }
+
+  /// 256 × 256 pixels: a colourful sign that says OPEN, against a grey plane; with metadata as detectors read it.
+  public static let sign = RewardProbe(
+    prompt: RewardPrompt(
+      text: "a red sign with the word \"OPEN\" beside a green tree", tag: "single_object",
+      metadata: """
+        {"tag": "single_object", "include": [{"class": "stop sign", "count": 1}], "prompt": "a photo of a stop sign"}
+        """), better: "sign.png", worse: "plane.png")
+  /// 64 × 64 pixels: the built-in task's scene of its prompt, against an empty canvas.
+  public static let scene = RewardProbe(
+    prompt: RewardPrompt(
+      text: "a red circle and a dog",
+      scene: Scene(include: [.init(name: "circle", color: "red"), .init(name: "dog")]), tag: "two_object"),
+    better: "scene.png", worse: "canvas.png")
+  /// The same images, the other one first.
+  public var reversed: RewardProbe {
+    var probe = self
+    (probe.better, probe.worse) = (worse, better)
+    return probe
   }
 }
 
@@ -71,12 +160,15 @@ public struct RewardPrompt: Sendable, Equatable {
   public var scene: Scene?
   /// The category scores are averaged by, e.g. `color_attr`; empty if there is none.
   public var tag: String
+  /// The whole JSON object of the prompt file, for rewards that hand it on; nil for a plain text.
+  public var metadata: String?
 
   /// Creates a prompt.
-  public init(text: String, scene: Scene? = nil, tag: String = "") {
+  public init(text: String, scene: Scene? = nil, tag: String = "", metadata: String? = nil) {
     self.text = text
     self.scene = scene
     self.tag = tag
+    self.metadata = metadata
   }
 
   /// Decodes one line of a `prompts.jsonl`: `prompt`, and optionally `tag`, `include` and `relation`.
@@ -97,7 +189,7 @@ public struct RewardPrompt: Sendable, Equatable {
     guard line.relation == nil || line.include != nil else { throw bad("a relation needs an include list") }
     self.init(
       text: line.prompt, scene: line.include.map { Scene(include: $0, relation: line.relation) },
-      tag: line.tag ?? "")
+      tag: line.tag ?? "", metadata: String(decoding: jsonLine, as: UTF8.self))
     if let reason = scene?.flaw { throw bad(reason) }
   }
 
@@ -152,6 +244,12 @@ enum Relation: String, CaseIterable {
 public enum RewardError: Error, CustomStringConvertible, Sendable, Equatable {
   /// No reward of this name.
   case unknownReward(name: String, known: [String])
+  /// A key that the reward does not read.
+  case foreignKey(reward: String, key: String, known: [String])
+  /// A key that the reward cannot do without, and what to put there.
+  case missingKey(reward: String, key: String, wanted: String)
+  /// A key's value that is none.
+  case badValue(reward: String, key: String, expected: String, got: String)
   /// The reward has no such score.
   case unknownScore(reward: String, score: String, known: [String])
   /// A line of a prompt file that is not a prompt.
@@ -178,6 +276,12 @@ public enum RewardError: Error, CustomStringConvertible, Sendable, Equatable {
     switch self {
     case .unknownReward(let name, let known):
       "rewards: no reward \"\(name)\"; known: \(known.joined(separator: ", "))"
+    case .foreignKey(let reward, let key, let known):
+      "rewards: \(reward) reads no \(key)"
+        + (known.isEmpty ? "; drop it" : "; it reads \(known.joined(separator: ", "))")
+    case .missingKey(let reward, let key, let wanted): "rewards: \(reward) needs \(key): \(wanted)"
+    case .badValue(let reward, let key, let expected, let got):
+      "rewards: \(reward) \(key): expected \(expected), got \(got)"
     case .unknownScore(let reward, let score, let known):
       known.isEmpty
         ? "rewards: \(reward) has no scores to choose from; drop score: \(score)"

@@ -1,33 +1,75 @@
 import Foundation
 
+/// A reward that configurations can name: how one is made, and from what.
+public struct RewardKind: Sendable {
+  /// Its names, the usual one first.
+  public let names: [String]
+  /// Keys it reads besides those that every reward has.
+  public let keys: [RewardSettings.Ingredient]
+  /// Its scores, the default first; empty if there is nothing to choose.
+  public let scores: [String]
+  /// Makes it. The settings hold no other keys and one of the scores (nil if there are none), and the folder is that of
+  /// data files, nil for ``Assets/locate(_:)``.
+  let make: @Sendable (RewardSettings, URL?) throws -> any Reward
+
+  /// Describes a reward.
+  init(
+    _ names: String..., keys: [RewardSettings.Ingredient] = [], scores: [String] = [],
+    make: @escaping @Sendable (RewardSettings, URL?) throws -> any Reward
+  ) {
+    (self.names, self.keys, self.scores, self.make) = (names, keys, scores, make)
+  }
+}
+
 /// Rewards by the names configurations use.
 public enum RewardFactory {
-  /// Every name ``make(name:score:assets:)`` knows.
-  public static let names = ["scenes", "vivid", "colourfulness"]
+  /// Every reward there is.
+  public static let kinds: [RewardKind] = [
+    .scenes, .vivid,
+    .jpegSize, .ocr, .sharpness,
+    .clip, .dfnCLIP, .pickScore, .hpsv2, .aesthetic,
+    .command, .http, .judge, .pickle,
+  ]
 
-  /// The reward called `name`.
+  /// Every name ``make(_:assets:)`` knows.
+  public static let names = kinds.flatMap(\.names)
+
+  /// The reward that `settings` describe.
   ///
-  /// - Parameters:
-  ///   - name: `scenes`, or `vivid` alias `colourfulness`.
-  ///   - score: for `scenes`, `graded` (nil) or `strict`; the others have none.
-  ///   - assets: folder of `sprites.safetensors`; nil searches as ``Assets/locate(_:)`` does.
+  /// - Parameter assets: folder of data files such as `sprites.safetensors`; nil searches as ``Assets/locate(_:)`` does.
   /// - Throws: ``RewardError``, naming what is known instead.
-  public static func make(name: String, score: String? = nil, assets: URL? = nil) throws -> any Reward {
-    switch name {
-    case "scenes":
-      let known = ScenesVerifier.Score.allCases.map(\.rawValue)
-      guard let kind = ScenesVerifier.Score(rawValue: score ?? "graded") else {
-        throw RewardError.unknownScore(reward: name, score: score ?? "", known: known)
-      }
-      let file = "sprites.safetensors"
-      return try ScenesVerifier(
-        sprites: assets?.appendingPathComponent(file) ?? Assets.locate(file), score: kind)
-    case "vivid", "colourfulness":
-      if let score { throw RewardError.unknownScore(reward: name, score: score, known: []) }
-      return Vivid(name: name)
-    default: throw RewardError.unknownReward(name: name, known: names)
+  public static func make(_ settings: RewardSettings, assets: URL? = nil) throws -> any Reward {
+    guard let kind = kinds.first(where: { $0.names.contains(settings.name) }) else {
+      throw RewardError.unknownReward(name: settings.name, known: names)
     }
+    var settings = settings
+    if let score = settings.score, !kind.scores.contains(score) {
+      throw RewardError.unknownScore(reward: settings.name, score: score, known: kind.scores)
+    }
+    if let foreign = settings.ingredients.first(where: { $0 != .score && !kind.keys.contains($0) }) {
+      throw RewardError.foreignKey(
+        reward: settings.name, key: foreign.rawValue, known: kind.keys.map(\.rawValue))
+    }
+    settings.score = settings.score ?? kind.scores.first
+    return try kind.make(settings, assets)
   }
+
+  /// The reward called `name`, of the built-in ones that need nothing else.
+  public static func make(name: String, score: String? = nil, assets: URL? = nil) throws -> any Reward {
+    try make(RewardSettings(name: name, score: score), assets: assets)
+  }
+}
+
+extension RewardKind {
+  /// The built-in task's verifier.
+  static let scenes = RewardKind("scenes", scores: ScenesVerifier.Score.allCases.map(\.rawValue)) {
+    let file = "sprites.safetensors"
+    return try ScenesVerifier(
+      sprites: $1?.appendingPathComponent(file) ?? Assets.locate(file),
+      score: ScenesVerifier.Score(rawValue: $0.score!)!)
+  }
+  /// Colourfulness.
+  static let vivid = RewardKind("vivid", "colourfulness") { settings, _ in Vivid(name: settings.name) }
 }
 
 /// Finds the data files that ship with the program.

@@ -7,9 +7,9 @@ import Torch
 /// A template is a glyph on white with a 1-px white margin. At every position the mean squared colour
 /// difference over the template's box is compared; positions below 0.03 are detections, best first, each
 /// suppressing those with centres nearer than 14 px in both x and y. Scores: see ``score(_:against:)``.
-public final class ScenesVerifier: Reward {
+public final class ScenesVerifier: LocalReward {
   /// Which of the two scores is the reward's value; both are among the parts.
-  public enum Score: String, Sendable, CaseIterable { case strict, graded }
+  public enum Score: String, Sendable, CaseIterable { case graded, strict }
 
   /// An object found in an image.
   public struct Detection: Sendable, Equatable, Codable {
@@ -48,7 +48,14 @@ public final class ScenesVerifier: Reward {
     self.score = score
   }
 
-  /// Scores as ``Reward/scores(_:prompts:)`` says, of images [B, 3, 64, 64].
+  /// Every prompt must name objects that the glyphs show.
+  public func check(_ prompts: [RewardPrompt]) throws {
+    for prompt in prompts { _ = try sprites.scene(of: prompt) }
+  }
+  /// A scene of the built-in task.
+  public var probe: RewardProbe { .scene }
+
+  /// Scores as ``Reward/score(_:prompts:)`` says, of images [B, 3, 64, 64].
   ///
   /// - Throws: ``RewardError/promptWithoutScene(prompt:)`` and ``RewardError/badScene(prompt:reason:)``,
   ///   naming the prompt.

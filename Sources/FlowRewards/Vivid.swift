@@ -5,14 +5,17 @@ import Torch
 ///
 /// Source: Hasler & Süsstrunk, Measuring colourfulness in natural images, SPIE 5007 (2003), the metric that
 /// needs no CIELab. A grey image scores 0; the scenes of the built-in task lie near 0.25.
-public struct Vivid: Reward {
+public struct Vivid: LocalReward {
   /// The name it was made under.
   public let name: String
 
   /// Creates the reward under one of its names.
   public init(name: String = "vivid") { self.name = name }
 
-  /// Colourfulness of images of any size; prompts play no part.
+  /// Prompts play no part.
+  public var readsPrompts: Bool { false }
+
+  /// Colourfulness of images of any size.
   public func scores(_ images: Tensor, prompts: [RewardPrompt]) throws -> [RewardScore] {
     try checkImages(images, for: name, prompts: prompts.count)
     return try Self.values(images).map { RewardScore(value: $0.isFinite ? $0 : nil) }

@@ -41,7 +41,7 @@ public struct MemoryModel {
   private let snapshot: Int
   private let rolloutPass, updatePass: Line
   private let decodePass: Line
-  private let judging: Int
+  private let judging, probing: Int
   private let autoencoder: AutoencoderKL
 
   /// Measures; takes a second for small models and some ten for FLUX.1.
@@ -101,6 +101,8 @@ public struct MemoryModel {
     let prompts = try PromptFile(file: URL(filePath: c.prompts.file), split: c.prompts.split).prompts
     let inMemory =
       c.prompts.embeddings == "memory" || (c.prompts.embeddings == "auto" && text.bytes ?? 0 <= 1 << 28)
+    let rewards = try Self.judge(c, prompts)
+    (judging, probing) = (rewards.pass, rewards.probe)
     standing = [
       .init(name: "transformer", bytes: weights),
       .init(
@@ -110,6 +112,7 @@ public struct MemoryModel {
       .init(name: "optimizer", bytes: c.optim.offload && device != .cpu ? 0 : moments),
       .init(name: "moving average", bytes: average),
       .init(name: "reference policy", bytes: full && c.loss.kl > 0 ? 4 * trained : 0),
+      .init(name: "rewards", bytes: rewards.weights),
       .init(
         name: "text embeddings",
         bytes: inMemory ? prompts.count * condition : min(prompts.count * condition, 1 << 30)),
@@ -126,7 +129,6 @@ public struct MemoryModel {
       textDType: conditionDType)
     (rolloutPass, updatePass) = try probe.lines(grid, textTokens, exact: explicit)
     decodePass = try Self.decode(autoencoder, options.decodeDType)
-    judging = try Self.judge(c, prompts)
   }
 
   /// The estimate for `microBatch` rows a pass.
@@ -153,6 +155,8 @@ public struct MemoryModel {
           name: "sampling", bytes: trajectories + samples * latents + 4 * rows * latents + rolloutPass(rows)),
         .init(name: "decoding", bytes: trajectories + samples * pixels + decodePass(together)),
         .init(name: "rewards", bytes: trajectories + samples * pixels + judging),
+        // Before the first iteration: of small images more than all samples take.
+        .init(name: "trying rewards", bytes: probing),
         .init(name: "updating", bytes: trajectories + snapshot + 4 * rows * latents + updatePass(rows)),
       ])
   }
@@ -204,17 +208,34 @@ public struct MemoryModel {
     return (c, estimate)
   }
 
-  /// Bytes of what judges images beside them: the rewards a slice at a time, or the guards a group at a time.
-  private static func judge(_ c: Configuration, _ prompts: [Prompt]) throws -> Int {
+  /// Bytes of the rewards' models, and of what judges images beside them: models a batch at a time, other rewards a
+  /// slice at a time, or the guards a group at a time.
+  private static func judge(_ c: Configuration, _ prompts: [Prompt]) throws -> (
+    weights: Int, pass: Int, probe: Int
+  ) {
     let (height, width) = (c.sampling.height, c.sampling.width)
     let pair = try Tensor.zeros([2, 3, height, width], device: .cpu)
-    let prompt = RewardSet.probe(prompts)
-    let rewards = try RewardSet(c.rewards)
+    let prompt = prompts[0]
+    var models: [RewardMemory] = []
+    let rewards = RewardSet(
+      try RewardSet(c.rewards).entries.filter { entry in
+        guard let local = entry.reward as? any LocalReward else { return false }
+        guard let memory = local.memory(height: height, width: width) else { return true }
+        models.append(memory)
+        return false
+      })
+    let weights = Dictionary(models.map { ($0.model, $0.weights) }, uniquingKeysWith: max).values.reduce(0, +)
     func bytes(_ body: () throws -> Void) throws -> Int { try TorchRuntime.peakAllocation(body).bytes / 2 }
-    let reward = try bytes { _ = try rewards.score(pair, [prompt, prompt]) }
-    let guards = try bytes { _ = try GuardValues.measure(pair, groupSize: 2, blackens: true) }
+    let reward = try bytes { _ = try rewards.judge(pair, [prompt, prompt]) }
+    // Of a whole group: what a transform of the pixel grid takes once is most of it for small images.
+    let size = c.group.size
+    let group = try Tensor.zeros([size, 3, height, width], device: .cpu)
+    let guards = try TorchRuntime.peakAllocation {
+      _ = try GuardValues.measure(group, groupSize: size, blackens: true)
+    }.bytes
     let slice = RewardSet.slices(c.samplesPerIteration, height: height, width: width)[0].count
-    return max(slice * reward, c.group.size * guards)
+    let probe = try TorchRuntime.peakAllocation { try rewards.probe() }.bytes
+    return (weights, max(slice * reward, models.map(\.call).max() ?? 0, guards), probe)
   }
 
   /// bytes of a decoding pass by pixels.

@@ -51,6 +51,12 @@ struct Stopwatch {
     return try body()
   }
 
+  /// Counts seconds of one part, spent inside another, as their own.
+  mutating func move(_ seconds: Double, from outer: String, to inner: String) {
+    self.seconds[outer, default: 0] -= seconds
+    self.seconds[inner, default: 0] += seconds
+  }
+
   /// CPU seconds of this process, over all threads.
   static var processSeconds: Double {
     var time = timespec()

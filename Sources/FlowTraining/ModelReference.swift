@@ -230,12 +230,16 @@ public struct Comparison {
   /// - Parameters:
   ///   - switches: steps that the tuned model takes before its own base does the others; nil for all of them.
   ///   - picture: shows the last one.
+  ///   - warn: told of rewards that behave oddly on their probe.
   public func run(
-    switches: [Int?], picture: URL? = nil, progress: (String, Int) -> Void = { _, _ in }
+    switches: [Int?], picture: URL? = nil, progress: (String, Int) -> Void = { _, _ in },
+    warn: (String) -> Void = { _ in }
   ) throws -> [EvaluationReport] {
     let hybrid = switches.contains { $0 != nil }
     if hybrid { try tuned.requireBase() }
     let set = try RewardSet(rewards)
+    try set.check(prompts)
+    try set.probe(warn: warn)
     let shown = picture == nil ? [] : Self.shown(prompts)
     func evaluate(_ engine: Engine, _ name: String, switchStep: Int? = nil) throws -> Evaluation {
       try Evaluation.run(
@@ -286,7 +290,9 @@ public struct Comparison {
     _ before: Evaluation, _ after: Evaluation, _ shown: [Int], names: [String], to file: URL
   ) throws {
     func cell(_ evaluation: Evaluation, _ i: Int) -> Grid.Cell {
-      let scores = names.map { "\($0) " + String(format: "%.2f", evaluation.perPrompt[$0]![i]) }
+      let scores = names.map { name in
+        "\(name) " + (evaluation.perPrompt[name]![i].map { String(format: "%.2f", $0) } ?? "failed")
+      }
       return Grid.Cell(evaluation.pictures[i], caption: scores.joined(separator: "  "))
     }
     let rows = shown.map { i in Grid.Row(before.prompts[i].text, cells: [cell(before, i), cell(after, i)]) }

@@ -7,8 +7,8 @@ import TorchNN
 public struct UpdateSample: Sendable {
   /// Row in the trajectories.
   public let row: Int
-  /// A.
-  public let advantage: Double
+  /// A_j of each drawn chunk: one number where rewards weigh alike in all of them.
+  public let advantages: [Double]
   /// The drawn chunks: the steps trained on and weight W_j.
   public let chunks: [(steps: [Int], weight: Double)]
   /// Creates a sample's part from whole chunks.
@@ -17,10 +17,14 @@ public struct UpdateSample: Sendable {
   }
   /// Creates a sample's part from some steps of each drawn chunk.
   public init(row: Int, advantage: Double, steps chunks: [(steps: [Int], weight: Double)]) {
-    self.row = row
-    self.advantage = advantage
-    self.chunks = chunks
+    self.init(row: row, advantages: chunks.map { _ in advantage }, steps: chunks)
   }
+  /// Creates a sample's part from some steps of each drawn chunk and that chunk's own advantage.
+  public init(row: Int, advantages: [Double], steps chunks: [(steps: [Int], weight: Double)]) {
+    (self.row, self.advantages, self.chunks) = (row, advantages, chunks)
+  }
+  /// Whether it moves the policy at all.
+  var counts: Bool { advantages.contains { $0 != 0 } }
   var stepCount: Int { chunks.reduce(0) { $0 + $1.steps.count } }
 }
 
@@ -201,7 +205,7 @@ public struct PolicyUpdate {
 
   /// The samples that cost passes.
   private func active(_ samples: [UpdateSample]) -> [UpdateSample] {
-    samples.filter { $0.advantage != 0 || penalty != nil }
+    samples.filter { $0.counts || penalty != nil }
   }
 
   private func entries(_ samples: [UpdateSample]) -> [Entry] {
@@ -210,7 +214,7 @@ public struct PolicyUpdate {
 
   /// Ranges of entries, one a pass. All passes are filled up to as many rows as the rollout's had: none may have more.
   private func passes(_ count: Int) -> [Range<Int>] {
-    let (even, rows) = (Batches(count, of: microBatch), max(microBatch, 2))
+    let (even, rows) = (Batches(count, of: microBatch), max(microBatch, fewestRows))
     guard even.largest > rows else { return Array(even) }
     return stride(from: 0, to: count, by: rows).map { $0..<min($0 + rows, count) }
   }
@@ -239,8 +243,7 @@ public struct PolicyUpdate {
     penalty: ReferencePenalty? = nil
   ) throws -> (rows: [Entry], next: Tensor, mean: Tensor, reference: Tensor?) {
     try beforeStep()
-    // Never one: a single row rounds differently from several.
-    let rows = filled(entries, to: max(microBatch, 2))
+    let rows = filled(entries, to: max(microBatch, fewestRows))
     let (x, next) = (try gather(trajectories.states, rows), try gather(trajectories.states, rows, ahead: 1))
     let times = try Tensor(rows.map { table.times[$0.step] }).to(x.device)
     let condition = try Condition.stack(rows.map { conditions[$0.row] })
@@ -310,7 +313,7 @@ public struct PolicyUpdate {
           weight: chunk.weight)
       }
       let share = try SampleObjective(
-        advantage: sample.advantage, chunks: chunks, ratio: ratio, clip: clip, samples: total)
+        advantages: sample.advantages, chunks: chunks, ratio: ratio, clip: clip, samples: total)
       result.report.ratios += share.ratios
       result.report.clipped += share.clipped.filter { $0 }.count
       result.report.objective += share.value

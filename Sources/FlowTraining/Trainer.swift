@@ -36,6 +36,8 @@ public final class Trainer {
 
   private let folder: RunFolder
   private let rewards: RewardSet
+  /// Those that samples are scored with.
+  let sampled: RewardSet
   private let table: TransitionTable
   /// `auto` until its pilot has run or a checkpoint has told, then the plan's list.
   private var strategy: ChunkStrategy
@@ -47,6 +49,10 @@ public final class Trainer {
   private let random: RandomPlan
   private let fixedPrompts: [Prompt]
   private let evaluationPrompts: [Prompt]
+  private var watch: GuardWatch
+  /// Why the run is to end before its last iteration.
+  private var ending: String?
+  private var isProbed = false
   /// Iterations done.
   public private(set) var iteration = 0
   private var update = 0
@@ -56,14 +62,21 @@ public final class Trainer {
   private var boundary: [String: Tensor]?
 
   /// Loads everything and checks what can be checked before the first rollout.
-  public init(_ configuration: Configuration, folder: RunFolder) throws {
+  public convenience init(_ configuration: Configuration, folder: RunFolder) throws {
     try configuration.validate()
+    try self.init(configuration, folder: folder, rewards: RewardSet(configuration.rewards))
+  }
+
+  /// With rewards that are made already, of a valid configuration.
+  init(_ configuration: Configuration, folder: RunFolder, rewards: RewardSet) throws {
     self.configuration = configuration
     self.folder = folder
     let c = configuration
     let file = try PromptFile(file: URL(filePath: c.prompts.file), split: c.prompts.split)
     prompts = file.prompts
-    rewards = try RewardSet(c.rewards)
+    self.rewards = rewards
+    sampled = rewards.sampled
+    watch = GuardWatch(c.guards, rewards)
     engine = try Engine(c)
     random = RandomPlan(seed: c.seed)
     let schedule = try engine.trainingSchedule(c.sampling)
@@ -84,11 +97,17 @@ public final class Trainer {
         weightDecay: c.optim.weightDecay),
       moments: AdamW.Moments(rawValue: c.optim.state.rawValue)!, offload: c.optim.offload)
     average = c.ema.decay > 0 ? try WeightAverage(policy.parameters, decay: c.ema.decay) : nil
-    // A reward that cannot judge these prompts is found now, not after the first rollout.
-    _ = try rewards.score(
-      try Tensor.zeros([1, 3, c.sampling.height, c.sampling.width]), [RewardSet.probe(prompts)])
     let all = try PromptFile(file: URL(filePath: c.prompts.file), split: "all").prompts
     evaluationPrompts = all.filter { $0.split == "dev" }
+    if evaluationPrompts.isEmpty, c.guards.action == .stop || c.rewards.contains(where: \.watch) {
+      throw RunError(
+        "prompts.file: \(c.prompts.file) has no split dev, on which held-out rewards (watch) and guards.action stop depend: "
+          + "give some lines split dev, or drop those keys")
+    }
+    // A reward that cannot judge these prompts or images is found now, not after the first rollout.
+    try rewards.check(prompts + evaluationPrompts)
+    let blank = try Tensor.zeros([1, 3, c.sampling.height, c.sampling.width])
+    _ = try RewardSet(rewards.entries.filter { $0.reward is any LocalReward }).judge(blank, [prompts[0]])
     // One prompt of each kind, from the part for choosing settings where there is one.
     var tags: Set<String> = []
     let candidates = evaluationPrompts.isEmpty ? prompts : evaluationPrompts
@@ -159,8 +178,10 @@ public final class Trainer {
       }
       try folder.update(configuration)
     }
+    try probeRewards()
     try engine.encoder.prepare((prompts + fixedPrompts + evaluationPrompts).map(\.text))
     if let warning = engine.encoder.warning { report(.warning(warning)) }
+    try measureBaseline()
     let total = configuration.run.iterations
     while iteration < total {
       do {
@@ -177,14 +198,18 @@ public final class Trainer {
           report(.reached("\(name) \(value) on dev: run.stopAbove \(configuration.run.stopAbove) is reached"))
           break
         }
-      } catch let interrupted as Interrupted {
+        if ending != nil { break }
+      } catch let error where error is Interrupted || error is RewardFailure {
+        // Either can be gone on from: the unfinished iteration is dropped.
         if let boundary { try load(boundary) }
         if saved != iteration { try save() }
-        throw interrupted
+        guard error is RewardFailure else { throw error }
+        throw RunError("\(error); mend that and go on with train --resume \(folder.url.path)")
       }
       if iteration % configuration.run.checkpointEvery == 0 || iteration == total { try save() }
     }
     if saved != iteration { try save() }
+    if let ending { try returnToBest(ending) }
   }
 
   /// One iteration: a rollout and its updates. ``run(resume:)`` counts, records and saves what this does; alone it
@@ -200,22 +225,18 @@ public final class Trainer {
     let conditions = try batch.map { try engine.encoder($0.prompt.text) }
 
     let courses = try courses(batch)
-    let trajectories = try clock.time("rollout") { try rollout(batch, conditions, courses) }
+    let (trajectories, images, asked) = try sampleAndDecode(batch, conditions, courses, &clock)
     row.counts["rows_rollout"] = engine.network.takeRows()
-    let images = try clock.time("decode") {
-      let last =
-        configuration.sampling.decode == .x0 ? trajectories.clean : try trajectories.states[table.steps.count]
-      return try engine.decode(last)
-    }
-    let scored = try clock.time("reward") {
-      let scores = try rewards.score(images, batch.map(\.prompt))
+    let judgement = try clock.time("reward") {
       // An image with NaN has no score and masks its sample; the guards see it as black.
       let guards = try GuardValues.measure(images, groupSize: configuration.group.size, blackens: true)
       record(guards, "guards/", &row)
-      return scores
+      return try Judgement(asked.map { ($0.rows, try $0.pending.finish(check: Interruption.check)) })
     }
-    let (advantages, seen) = try advantages(scored, batch, &row)
-    let samples = try drawChunks(batch, courses, trajectories, advantages.values, &row)
+    record(judgement, &row)
+    try sampled.checkFailures(judgement, iteration: iteration + 1)
+    let (advantages, seen) = try advantages(judgement.values, batch, &row)
+    let samples = try drawChunks(batch, courses, trajectories, advantages, &row)
     try clock.time("update") { try self.update(samples, trajectories, conditions, &row) }
     row.counts["rows_update"] = engine.network.takeRows()
     // Only now: a signal until here falls back to the state before.
@@ -226,6 +247,7 @@ public final class Trainer {
     row.seconds = clock.seconds
     row.values["images_per_s"] = Double(batch.count) / clock.seconds.values.reduce(0, +)
     row.seconds.merge(planning.seconds) { $1 }
+    for (name, seconds) in zip(sampled.names, judgement.seconds) { row.seconds["reward/\(name)"] = seconds }
     row.seconds["network"] = engine.network.takeSeconds()
     row.seconds["cpu"] = Stopwatch.processSeconds - spent
     row.counts["network_passes"] = engine.network.takePasses()
@@ -270,14 +292,14 @@ public final class Trainer {
     strategy = .list(choice.plan.sizes)
   }
 
-  private struct Sample {
+  struct Sample {
     let prompt: Prompt
     /// Number within the prompt: 0 ..< group size, further on if a prompt comes twice in an iteration.
     let number: Int
   }
 
   /// Groups of samples: prompts are taken in shuffled order, epoch after epoch.
-  private func samplesOfIteration() -> [Sample] {
+  func samplesOfIteration() -> [Sample] {
     let size = configuration.group.size
     var seen: [Int: Int] = [:]
     var result: [Sample] = []
@@ -298,7 +320,7 @@ public final class Trainer {
   }
 
   /// What the samples of a group have in common: noise windows that differ within it would make rewards differ by them.
-  private struct Course {
+  struct Course {
     /// Steps that chunks are planned for.
     let window: Range<Int>
     /// Chunks drawn for the whole group, where they decide where the noise is.
@@ -307,7 +329,7 @@ public final class Trainer {
   }
 
   /// One course a group.
-  private func courses(_ batch: [Sample]) throws -> [Course] {
+  func courses(_ batch: [Sample]) throws -> [Course] {
     let c = configuration
     return try stride(from: 0, to: batch.count, by: c.group.size).map { s in
       let (prompt, number) = (batch[s].prompt.text, batch[s].number)
@@ -327,7 +349,8 @@ public final class Trainer {
   }
 
   private func rollout(
-    _ batch: [Sample], _ conditions: [Condition], _ courses: [Course]
+    _ batch: [Sample], _ conditions: [Condition], _ courses: [Course],
+    arrived: (([Int], Tensor, Tensor) throws -> Void)? = nil
   ) throws -> Trajectories {
     let streams = batch.map { sample in
       switch configuration.sampling.sharedNoise {
@@ -340,6 +363,7 @@ public final class Trainer {
     var sampler = engine.rollout(table, rows: rows)
     sampler.beforeStep = Interruption.check
     sampler.keepsMeans = configuration.loss.keepsMeans
+    sampler.arrived = arrived
     let size = configuration.group.size
     return try sampler.sample(
       engine.network, initial: try engine.noise(streams), conditions: conditions,
@@ -352,53 +376,135 @@ public final class Trainer {
     }
   }
 
+  /// Trajectories, images and the questions put to rewards, with the samples that each is about.
+  ///
+  /// A reward that waits for others is asked about every batch of samples as soon as it has arrived, and answers while
+  /// the next one is sampled; local rewards gain nothing by that where the network takes all cores.
+  func sampleAndDecode(
+    _ batch: [Sample], _ conditions: [Condition], _ courses: [Course], _ clock: inout Stopwatch
+  ) throws -> (Trajectories, images: Tensor, asked: [(rows: [Int], pending: PendingJudgement)]) {
+    let clean = configuration.sampling.decode == .x0
+    guard sampled.waits else {
+      let trajectories = try clock.time("rollout") { try rollout(batch, conditions, courses) }
+      let images = try clock.time("decode") {
+        try engine.decode(clean ? trajectories.clean : try trajectories.states[table.steps.count])
+      }
+      return (trajectories, images, [(Array(batch.indices), sampled.begin(images, batch.map(\.prompt)))])
+    }
+    var (decoding, parts) = (Stopwatch(), [(rows: [Int], images: Tensor)]())
+    var asked: [(rows: [Int], pending: PendingJudgement)] = []
+    let trajectories = try clock.time("rollout") {
+      try rollout(batch, conditions, courses) { rows, estimate, end in
+        let images = try decoding.time("decode") { try self.engine.decode(clean ? estimate : end) }
+        parts.append((rows, images))
+        asked.append((rows, self.sampled.begin(images, rows.map { batch[$0].prompt })))
+      }
+    }
+    clock.move(decoding.seconds["decode"] ?? 0, from: "rollout", to: "decode")
+    var place = [Int](repeating: 0, count: batch.count)
+    for (at, row) in parts.flatMap(\.rows).enumerated() { place[row] = at }
+    let images = try Tensor.cat(parts.map(\.images))
+    return (
+      trajectories, try images.indexSelect(0, try Tensor(place.map(Int64.init)).to(images.device)), asked
+    )
+  }
+
+  /// Means of each reward, and how often it failed or was asked again.
+  private func record(_ judgement: Judgement, _ row: inout MetricsRow) {
+    for (name, scores) in zip(sampled.names, judgement.scores) {
+      let valid = scores.compactMap(\.value)
+      row.values["reward/\(name)"] = valid.isEmpty ? .nan : valid.reduce(0, +) / Double(valid.count)
+      for part in Set(scores.flatMap(\.parts.keys)).sorted() {
+        let values = scores.compactMap { $0.value == nil ? nil : $0.parts[part] }
+        if !values.isEmpty {
+          row.values["reward/\(name)/\(part)"] = values.reduce(0, +) / Double(values.count)
+        }
+      }
+      let (failed, retries) = (scores.count - valid.count, scores.reduce(0) { $0 + $1.retries })
+      row.counts["failed/\(name)"] = failed
+      if retries > 0 { row.counts["retries/\(name)"] = retries }
+      if failed > 0, let reason = scores.last(where: { $0.value == nil })?.failure {
+        report(.warning("reward \(name) failed for \(failed) of \(scores.count) samples: \(reason)"))
+      }
+    }
+  }
+
+  /// Tries every reward on two images of known order, unless this has been done.
+  ///
+  /// ``run(resume:)`` does it too: call this first where nothing is to be written if it fails.
+  public func probeRewards() throws {
+    guard !isProbed else { return }
+    try rewards.probe(check: Interruption.check) { report(.warning($0)) }
+    isProbed = true
+  }
+
+  /// Advantages of all samples in early chunks, and in late ones where rewards weigh otherwise there.
+  struct ChunkAdvantages {
+    let early: Advantages
+    let late: Advantages?
+  }
+
   /// Rewards of all samples → advantages; invalid scores mask their sample out of its group.
   ///
   /// - Returns: also ``seen`` with these rewards.
-  private func advantages(
-    _ scores: [[Double?]], _ batch: [Sample], _ row: inout MetricsRow
-  ) throws -> (Advantages, seen: [String: RewardStatistics]) {
+  /// - Parameter weights: factors of the rewards, in early and late chunks alike; nil for those of the configuration.
+  func advantages(
+    _ scores: [[Double?]], _ batch: [Sample], weights: [Double]? = nil, _ row: inout MetricsRow
+  ) throws -> (ChunkAdvantages, seen: [String: RewardStatistics]) {
     let (c, size) = (configuration, configuration.group.size)
     let total = c.samplesPerIteration
-    let masked = (0..<total).map { s in scores.contains { $0[s] == nil || !$0[s]!.isFinite } }
+    let masked = sampled.masked(scores)
     guard masked.contains(false) else {
-      throw RunError("iteration \(iteration + 1): no sample has a valid reward")
+      throw RewardFailure("iteration \(iteration + 1): no sample has a valid reward")
     }
+    let counted = sampled.counted(scores)
     let groups = stride(from: 0, to: total, by: size).map { $0..<($0 + size) }
     let aggregate = RewardAggregate(rawValue: c.aggregate.rawValue)!
-    let weights = c.rewards.map(\.weight)
-    let combined = try groups.map { group in
-      try aggregate.combine(
-        rewards: scores.map { $0[group].map { $0 ?? 0 } }, weights: weights, masked: Array(masked[group]))
-    }
     let texts = groups.map { batch[$0.lowerBound].prompt.text }
     var seen = seen
-    if c.group.statistics == .running {
-      for (text, (rewards, group)) in zip(texts, zip(combined, groups)) {
-        seen[text, default: RewardStatistics()].add(zip(rewards, masked[group]).filter { !$1 }.map(\.0))
+    func advantages(_ weights: [Double]) throws -> Advantages {
+      // A reward without weight may have failed: it is no part of the sum.
+      let chosen = weights.indices.filter { weights[$0] != 0 }
+      let combined = try groups.map { group in
+        guard !chosen.isEmpty else { return [Double](repeating: 0, count: size) }
+        return try aggregate.combine(
+          rewards: chosen.map { counted[$0][group].map { $0 ?? 0 } }, weights: chosen.map { weights[$0] },
+          masked: Array(masked[group]), clamp: c.loss.advantageClip)
       }
+      let hidden = groups.map { Array(masked[$0]) }
+      if aggregate == .advantages {
+        return .summed(combined, masked: hidden, clamp: c.loss.advantageClip)
+      }
+      if c.group.statistics == .running {
+        for (text, (rewards, group)) in zip(texts, zip(combined, groups)) {
+          seen[text, default: RewardStatistics()].add(zip(rewards, masked[group]).filter { !$1 }.map(\.0))
+        }
+      }
+      return try Advantages.groups(
+        rewards: combined, masked: hidden, std: AdvantageStd(rawValue: c.loss.advantageStd.rawValue)!,
+        clamp: c.loss.advantageClip,
+        running: c.group.statistics == .running ? texts.map { seen[$0]! } : nil)
     }
-    let advantages = try Advantages.groups(
-      rewards: combined, masked: groups.map { Array(masked[$0]) },
-      std: AdvantageStd(rawValue: c.loss.advantageStd.rawValue)!,
-      clamp: c.loss.advantageClip, running: c.group.statistics == .running ? texts.map { seen[$0]! } : nil)
-    // Means over valid samples; reward_mean is the weighted sum whatever the aggregation, so that curves compare.
-    let valid = (0..<total).filter { !masked[$0] }
-    for (name, values) in zip(rewards.names, scores) {
-      row.values["reward/\(name)"] = valid.reduce(0) { $0 + values[$1]! } / Double(valid.count)
+    let settings = sampled.entries.map(\.settings)
+    let early = try advantages(weights ?? settings.map(\.weight))
+    let late =
+      weights == nil && settings.contains { $0.lateWeight != nil }
+      ? try advantages(settings.map { $0.lateWeight ?? $0.weight }) : nil
+    // The weighted sum whatever the aggregation, over valid samples, so that curves compare.
+    let sums = (0..<total).filter { !masked[$0] }.map { s in
+      zip(settings, counted).reduce(0) { $0 + ($1.0.weight == 0 ? 0 : $1.0.weight * $1.1[s]!) }
     }
-    let sums = valid.map { s in zip(weights, scores).reduce(0) { $0 + $1.0 * $1.1[s]! } }
     let summary = try Summary(sums)
     row.values["reward_mean"] = summary.mean
     row.values["reward_std"] = summary.standardDeviation
-    row.counts["zero_groups"] = advantages.zeroGroups
-    row.counts["masked"] = advantages.masked
-    return (advantages, seen)
+    row.counts["zero_groups"] = early.zeroGroups
+    row.counts["masked"] = early.masked
+    return (ChunkAdvantages(early: early, late: late), seen)
   }
 
   /// Cuts every trajectory into chunks and draws those it is trained on.
-  private func drawChunks(
-    _ batch: [Sample], _ courses: [Course], _ trajectories: Trajectories, _ advantages: [Double],
+  func drawChunks(
+    _ batch: [Sample], _ courses: [Course], _ trajectories: Trajectories, _ advantages: ChunkAdvantages,
     _ row: inout MetricsRow
   ) throws -> [UpdateSample] {
     let c = configuration.chunk
@@ -441,14 +547,30 @@ public final class Trainer {
         let steps = try ChunkDraw.steps(of: plan.ranges[j], fraction: c.stepFraction, using: &choice)
         return (steps: steps.map { $0 + window.lowerBound }, weight: timeWeights[j])
       }
-      return UpdateSample(row: r, advantage: advantages[r], steps: chunks)
+      let own = drawn.map { j in
+        let start = table.schedule.sigmas[plan.ranges[j].lowerBound + window.lowerBound]
+        let late = Double(start) < c.lateBelow ? advantages.late : nil
+        return (late ?? advantages.early).values[r]
+      }
+      return UpdateSample(row: r, advantages: own, steps: chunks)
     }
-    row.counts["zero_samples"] = samples.count { $0.advantage == 0 }
+    row.counts["zero_samples"] = samples.count { !$0.counts }
     // A divergence from the reference trains on the others too.
     row.counts["trained_steps"] = samples.reduce(0) {
-      $0 + ($1.advantage != 0 || configuration.loss.kl > 0 ? $1.stepCount : 0)
+      $0 + ($1.counts || configuration.loss.kl > 0 ? $1.stepCount : 0)
     }
     return samples
+  }
+
+  /// How samples become gradients; without a penalty.
+  func updateRule() -> PolicyUpdate {
+    let c = configuration
+    var rule = engine.update(
+      table, microBatch: rows, ratio: RatioKind(rawValue: c.chunk.ratio.rawValue)!,
+      clip: ClipRange(low: c.loss.clip[0], high: c.loss.clip[1]))
+    rule.beforeStep = Interruption.check
+    rule.ratioNorm = RatioNorm(rawValue: c.loss.ratioNorm.rawValue)!
+    return rule
   }
 
   /// The updates of one iteration.
@@ -457,11 +579,7 @@ public final class Trainer {
     _ row: inout MetricsRow
   ) throws {
     let c = configuration
-    var rule = engine.update(
-      table, microBatch: rows, ratio: RatioKind(rawValue: c.chunk.ratio.rawValue)!,
-      clip: ClipRange(low: c.loss.clip[0], high: c.loss.clip[1]))
-    rule.beforeStep = Interruption.check
-    rule.ratioNorm = RatioNorm(rawValue: c.loss.ratioNorm.rawValue)!
+    var rule = updateRule()
     if c.loss.kl > 0 {
       rule.penalty = ReferencePenalty(
         beta: c.loss.kl, form: ReferencePenalty.Form(rawValue: c.loss.klForm.rawValue)!
@@ -524,10 +642,7 @@ public final class Trainer {
   // MARK: looking
 
   private func record(_ guards: GuardValues, _ prefix: String, _ row: inout MetricsRow) {
-    row.values[prefix + "blank"] = guards.blank
-    row.values[prefix + "diversity"] = guards.diversity
-    row.values[prefix + "ink"] = guards.ink
-    row.values[prefix + "vivid"] = guards.vivid
+    for (name, value) in guards.named { row.values[prefix + name] = value }
   }
 
   /// Pictures and evaluation, when they are due after this iteration.
@@ -538,17 +653,108 @@ public final class Trainer {
       try averaged { try draw(name: row.iteration) }
     }
     if due(run.evaluateEvery), !evaluationPrompts.isEmpty {
-      let evaluation = try averaged {
-        try Evaluation.run(
-          engine, evaluationPrompts, rewards, count: 2, steps: configuration.sampling.steps,
-          seed: configuration.seed,
-          check: Interruption.check)
-      }
-      for (name, values) in evaluation.perPrompt {
-        row.values["eval/\(name)"] = values.reduce(0, +) / Double(values.count)
+      let evaluation = try evaluate()
+      for name in rewards.names { row.values["eval/\(name)"] = evaluation.mean(name) }
+      for (name, failures) in evaluation.failures.sorted(by: { $0.key < $1.key }) {
+        row.counts["eval/failed/\(name)"] = failures.images
+        report(
+          .warning(
+            "evaluation: reward \(name) failed for \(failures.images) of \(2 * evaluationPrompts.count) images: "
+              + failures.reason))
       }
       if let guards = evaluation.guards { record(guards, "eval/guards/", &row) }
+      try judge(evaluation, &row)
     }
+  }
+
+  /// The dev split, two images a prompt.
+  private func evaluate() throws -> Evaluation {
+    try averaged {
+      try Evaluation.run(
+        engine, evaluationPrompts, rewards, count: 2, steps: configuration.sampling.steps,
+        seed: configuration.seed, check: Interruption.check)
+    }
+  }
+
+  /// What guards and held-out rewards are before training, once a run.
+  private func measureBaseline() throws {
+    guard configuration.guards.action != .off, configuration.run.evaluateEvery > 0,
+      !evaluationPrompts.isEmpty,
+      try !watch.begin(in: folder.url)
+    else { return }
+    guard iteration == 0 else {
+      return report(
+        .warning("\(folder.url.path) has no \(GuardWatch.fileName): guards are compared with nothing"))
+    }
+    let evaluation = try evaluate()
+    guard watch.trained(evaluation).isFinite else {
+      let reason = evaluation.failures.values.first?.reason ?? "no score"
+      return report(
+        .warning("no reward for any dev image before training (\(reason)): guards are compared with nothing"))
+    }
+    let encoder = JSONEncoder()
+    encoder.outputFormatting = .sortedKeys
+    try AtomicFile.write(
+      try encoder.encode(watch.begin(evaluation)), to: folder.url.appending(path: GuardWatch.fileName))
+  }
+
+  /// Compares an evaluation with the baseline: warns, keeps the best, or ends the run.
+  private func judge(_ evaluation: Evaluation, _ row: inout MetricsRow) throws {
+    guard watch.baseline != nil else { return }
+    let outside = watch.outside(evaluation)
+    row.counts["guards_outside"] = outside.count
+    if outside.isEmpty {
+      if configuration.guards.action == .stop, watch.trained(evaluation).isFinite {
+        try keepIfBest(watch.trained(evaluation), row.iteration)
+      }
+      return
+    }
+    guard watch.hasRisen(evaluation) else { return }
+    let text = "iteration \(row.iteration): the reward rises, but \(outside.joined(separator: ", "))"
+    report(.warning(text))
+    if configuration.guards.action == .stop { ending = text }
+  }
+
+  // MARK: the best evaluation
+
+  private struct Best: Codable { let iteration: Int, value: Double }
+  private var best: URL { folder.url.appending(path: "best") }
+  private var bestNote: URL { best.appending(path: "best.json") }
+
+  /// Keeps the weights that are shipped, if no evaluation with all guards inside was as good.
+  private func keepIfBest(_ value: Double, _ iteration: Int) throws {
+    if let data = FileManager.default.contents(atPath: bestNote.path),
+      let before = try? JSONDecoder().decode(Best.self, from: data), before.value >= value,
+      before.iteration < iteration
+    {
+      return
+    }
+    try averaged { try policy.export(to: best, config: transformerConfig) }
+    try AtomicFile.write(try JSONEncoder().encode(Best(iteration: iteration, value: value)), to: bestNote)
+  }
+
+  /// Ships the best weights instead of the last.
+  private func returnToBest(_ reason: String) throws {
+    guard let data = FileManager.default.contents(atPath: bestNote.path),
+      let best = try? JSONDecoder().decode(Best.self, from: data)
+    else {
+      return report(
+        .reached(
+          "\(reason): the run ends; no evaluation had all guards inside, so the adapter is the last one"))
+    }
+    for name in try FileManager.default.contentsOfDirectory(atPath: self.best.path) where name != "best.json"
+    {
+      let (target, copy) = (
+        folder.adapter.appending(path: name), folder.adapter.appending(path: "\(name).tmp-best")
+      )
+      try? FileManager.default.removeItem(at: copy)
+      try FileManager.default.copyItem(at: self.best.appending(path: name), to: copy)
+      guard rename(copy.path, target.path) == 0 else {
+        throw RunError("\(target.path): \(String(cString: strerror(errno)))")
+      }
+    }
+    report(
+      .reached("\(reason): the run ends with the adapter of iteration \(best.iteration), the best before"))
   }
 
   /// Runs `body` with the weights that are shipped: the average where one is kept.

@@ -127,6 +127,12 @@ final class Canvas {
     return buffer.data
   }
 
+  /// Lends the surface to be drawn elsewhere.
+  func withSurface(_ body: (OpaquePointer) -> Void) {
+    cairo_surface_flush(surface)
+    withExtendedLifetime(self) { body(surface) }
+  }
+
   /// Completes a vector drawing and returns the document.
   func finish() throws(PictureError) -> Data {
     try PictureError.check(cairo_status(context), "drawing")

@@ -8,6 +8,8 @@ public enum PictureError: Error, CustomStringConvertible, Sendable, Equatable {
   case file(path: String, reason: String)
   /// The file is not a PNG that cairo can decode.
   case notAPNG(path: String, status: String)
+  /// libjpeg-turbo refused; `reason` is its own message.
+  case jpeg(reason: String)
   /// The request contradicts itself, as in a size that does not match the pixels.
   case invalid(String)
 
@@ -17,6 +19,7 @@ public enum PictureError: Error, CustomStringConvertible, Sendable, Equatable {
     case .cairo(let operation, let status): "cairo: \(operation): \(status)"
     case .file(let path, let reason): "\(path): \(reason); check that the folder exists and can be written"
     case .notAPNG(let path, let status): "\(path): not a readable PNG (\(status))"
+    case .jpeg(let reason): "JPEG: \(reason)"
     case .invalid(let problem): problem
     }
   }

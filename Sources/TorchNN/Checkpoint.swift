@@ -171,10 +171,8 @@ public final class Checkpoint {
       return "no weights: expected \(tried), or the same with .index.json and shards"
     }
     return """
-      no weights: \(pickle) is a pickle, which can run code when read and is refused. Convert it once, in the folder: \
-      python3 -c "import torch; from safetensors.torch import save_file; \
-      save_file({k: v.contiguous().clone() for k, v in torch.load('\(pickle)', map_location='cpu', \
-      weights_only=True).items()}, '\(names[0]).safetensors', {'format': 'pt'})"
+      no weights: \(pickle) is a pickle, which can run code when read and is refused. Convert it once: chunkgrpo convert \
+      \(folder.appending(path: pickle).path) \(folder.appending(path: "\(names[0]).safetensors").path)
       """
   }
 

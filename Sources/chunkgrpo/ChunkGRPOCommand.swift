@@ -12,8 +12,10 @@ struct ChunkGRPOCommand: ParsableCommand {
     discussion: "Start with `make demo`, or: chunkgrpo train Examples/demo.yaml --set output=runs/mine",
     version: "0.1.0",
     subcommands: [
-      Train.self, Pretrain.self, Sample.self, Evaluate.self, Encode.self, Inspect.self, Export.self,
-      Merge.self, Chunks.self, Verify.self, StudyCommand.self, Demo.self, Bench.self,
+      Train.self, Pretrain.self, Sample.self, Evaluate.self, Score.self, Encode.self, Inspect.self,
+      Export.self,
+      Merge.self, Convert.self, Chunks.self, Verify.self, StudyCommand.self, Demo.self,
+      Bench.self,
     ])
 
   static func main() {

@@ -32,7 +32,8 @@ struct Evaluate: ParsableCommand {
   @Option(
     parsing: .singleValue,
     help: ArgumentHelp(
-      "A reward, e.g. scenes:graded; may be repeated (default: the run's).", valueName: "name[:score]"))
+      "A reward, as scenes:graded or {name: jpeg-size, quality: 80}; may be repeated (default: the run's).",
+      valueName: "reward"))
   var reward: [String] = []
   @Option(help: "Images of each prompt.")
   var count = 4
@@ -75,10 +76,7 @@ struct Evaluate: ParsableCommand {
     let other = try against.map { try ModelReference($0, base: base) }
     var configuration = tuned.configuration
     if !reward.isEmpty {
-      configuration.rewards = reward.map { text in
-        let parts = text.split(separator: ":", maxSplits: 1).map(String.init)
-        return Configuration.Reward(name: parts[0], score: parts.count > 1 ? parts[1] : nil)
-      }
+      configuration.rewards = try reward.map { try Configuration.Reward(option: $0) }
     }
     let file = try prompts ?? tuned.promptFile()
     let list = try PromptFile.load(file: URL(filePath: file), split: split)
@@ -91,10 +89,9 @@ struct Evaluate: ParsableCommand {
       tuned: tuned, base: other, rewards: configuration.rewards, prompts: list, split: split, count: count,
       steps: drawn, seed: seed)
     let reports = try comparison.run(
-      switches: switches.isEmpty ? [nil] : switches, picture: picture.map { URL(filePath: $0) }
-    ) { name, done in
-      Terminal.status("\(name): \(done)/\(list.count) prompts")
-    }
+      switches: switches.isEmpty ? [nil] : switches, picture: picture.map { URL(filePath: $0) },
+      progress: { name, done in Terminal.status("\(name): \(done)/\(list.count) prompts") },
+      warn: { Terminal.line("warning: \($0)") })
     Terminal.clearLine()
     if switches.isEmpty {
       print(json ? try Terminal.json(reports[0]) : Self.text(reports[0]))
@@ -106,9 +103,7 @@ struct Evaluate: ParsableCommand {
   private static func interval(_ ci: [Double]?) -> String {
     ci.map { "[\(Terminal.fixed($0[0], 4)), \(Terminal.fixed($0[1], 4))]" } ?? ""
   }
-  private static func cells(_ g: GuardValues) -> [String] {
-    [g.blank, g.diversity, g.ink, g.vivid].map { Terminal.fixed($0, 4) }
-  }
+  private static func cells(_ g: GuardValues) -> [String] { g.named.map { Terminal.fixed($0.value, 4) } }
 
   /// A row for each switch step and reward, then the guards.
   static func text(switches reports: [EvaluationReport]) -> String {
@@ -133,7 +128,7 @@ struct Evaluate: ParsableCommand {
         rows.append(row)
       }
     }
-    var guards = [["guards", "blank", "diversity", "ink", "vivid"]]
+    var guards = [["guards"] + (reports[0].guards?.named.map(\.name) ?? [])]
     if let base = reports[0].guardsAgainst { guards.append(["base"] + cells(base)) }
     for report in reports {
       if let g = report.guards { guards.append(["\(report.switchStep!)"] + cells(g)) }
@@ -171,7 +166,7 @@ struct Evaluate: ParsableCommand {
       }
     }
     var text = Terminal.table(rows) + "\n"
-    var guardRows = [["guards", "blank", "diversity", "ink", "vivid"]]
+    var guardRows = [["guards"] + (report.guards?.named.map(\.name) ?? [])]
     if let g = report.guardsAgainst { guardRows.append(["base"] + cells(g)) }
     guard let g = report.guards else { return text }
     guardRows.append([compared ? "tuned" : "model"] + cells(g))

@@ -115,7 +115,8 @@ final class TrainingProgress {
     func value(_ key: String) -> Double { row.values[key] ?? .nan }
     let evaluations = row.values.filter { $0.key.hasPrefix("eval/") && !$0.key.contains("guards") }
       .sorted { $0.key < $1.key }.map { "\($0.key) \(Terminal.fixed($0.value, 4))" }
-    let rewards = row.values.filter { $0.key.hasPrefix("reward/") }.sorted { $0.key < $1.key }
+    let rewards = row.values.filter { $0.key.hasPrefix("reward/") && !$0.key.dropFirst(7).contains("/") }
+      .sorted { $0.key < $1.key }
       .map { "\($0.key.dropFirst(7)) \(Terminal.fixed($0.value, 4))" }
     let text =
       ([

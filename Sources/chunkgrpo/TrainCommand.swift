@@ -25,7 +25,9 @@ struct Train: ParsableCommand {
   @Option(help: ArgumentHelp("Continue this run from its newest whole checkpoint.", valueName: "run"))
   var resume: String?
   @Flag(
-    help: "Check configuration, files and model; print the resolved configuration and counts; train nothing.")
+    help:
+      "Check configuration, files, model and rewards; print the resolved configuration and counts; train nothing."
+  )
   var dryRun = false
   @Flag(help: "Print one JSON object on stdout.")
   var json = false
@@ -44,18 +46,22 @@ struct Train: ParsableCommand {
     // Before anything is loaded: what does not fit is said now, with the way out.
     let (configuration, memory) = try MemoryModel.fit(given)
     let trainer = try Trainer(configuration, folder: folder)
-    if dryRun { return try describe(trainer, memory) }
-    Interruption.watch()
-    try Interruption.check()
-    if resume == nil { try folder.create(configuration) }
-    let lock = try folder.lock()
-    defer { withExtendedLifetime(lock) {} }
     let progress = TrainingProgress()
     var last: MetricsRow?
     trainer.report = { event in
       if case .iteration(let row, _) = event { last = row }
       progress.show(event)
     }
+    if dryRun { return try describe(trainer, memory) }
+    Interruption.watch()
+    try Interruption.check()
+    if resume == nil {
+      // A reward that is not there yet leaves no folder, so that the same command works once it is.
+      try trainer.probeRewards()
+      try folder.create(configuration)
+    }
+    let lock = try folder.lock()
+    defer { withExtendedLifetime(lock) {} }
     let start = Date()
     try trainer.run(resume: resume != nil)
     let seconds = Date().timeIntervalSince(start)
@@ -90,7 +96,9 @@ struct Train: ParsableCommand {
   }
 
   private func describe(_ trainer: Trainer, _ memory: MemoryEstimate) throws {
-    // The text encoders load with the first prompt: what is wrong with them is to be found here too.
+    // The text encoders load with the first prompt, rewards answer their first question: what is wrong with them is to be
+    // found here too.
+    try trainer.probeRewards()
     _ = try trainer.engine.encoder(trainer.prompts[0].text)
     let counts = trainer.summary
     if json {

@@ -71,8 +71,8 @@ struct BadInputTests {
     .model(
       "a transformer as a pickle",
       words: [
-        "model/transformer: no weights", "diffusion_pytorch_model.bin is a pickle", "weights_only=True",
-        "'diffusion_pytorch_model.safetensors'",
+        "model/transformer: no weights", "diffusion_pytorch_model.bin is a pickle", "chunkgrpo convert ",
+        "model/transformer/diffusion_pytorch_model.safetensors",
       ]
     ) { shard in
       let folder = shard.deletingLastPathComponent()
@@ -84,7 +84,9 @@ struct BadInputTests {
     },
     .model(
       "a text encoder as a pickle",
-      words: ["model/text_encoder: no weights", "pytorch_model.bin is a pickle", "'model.safetensors'"]
+      words: [
+        "model/text_encoder: no weights", "pytorch_model.bin is a pickle", "text_encoder/model.safetensors",
+      ]
     ) { shard in
       let folder = shard.deletingLastPathComponent().appending(path: "../text_encoder").standardizedFileURL
       try FileManager.default.moveItem(

@@ -33,7 +33,10 @@ struct GoodInputTests {
       "config.yaml", "pytorch_lora_weights.safetensors", "state.json", "training.safetensors",
     ]
     let expected =
-      ["LATEST", "adapter", "adapter/pytorch_lora_weights.safetensors", "checkpoints", "config.yaml"]
+      [
+        "LATEST", "adapter", "adapter/pytorch_lora_weights.safetensors", "baseline.json", "checkpoints",
+        "config.yaml",
+      ]
       + ["metrics.jsonl", "samples", "samples/iteration-000002.png"]
       + ["iteration-000001", "iteration-000002"].flatMap { name in
         ["checkpoints/\(name)"] + checkpoint.map { "checkpoints/\(name)/\($0)" }
@@ -158,7 +161,7 @@ struct GoodInputTests {
     #expect(keys(alone).isSuperset(of: expected) && alone["paired"] == nil)
     #expect(both["n_prompts"] as? Int == 2 && both["samples_per_prompt"] as? Int == 2)
     #expect(keys(both["per_category"]) == ["colour", "count"])
-    #expect(keys(both["guards"]) == ["blank", "diversity", "ink", "vivid"])
+    #expect(keys(both["guards"]) == ["blank", "diversity", "grid", "ink", "sharpness", "vivid"])
     #expect(keys(both["paired"]) == ["difference", "ci95", "p"])
     let paired = try #require(both["paired"] as? [String: Any])
     let rewards = try #require(both["rewards"] as? [String: [String: Any]])

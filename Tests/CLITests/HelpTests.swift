@@ -7,7 +7,9 @@ import Testing
 @Suite("help")
 struct HelpTests {
   static let commands = [
-    "", "train", "pretrain", "sample", "evaluate", "encode", "inspect", "export", "merge", "chunks", "verify",
+    "", "train", "pretrain", "sample", "evaluate", "score", "encode", "inspect", "export", "merge", "convert",
+    "chunks",
+    "verify",
     "study",
     "demo",
     "bench",

@@ -110,6 +110,24 @@ import Testing
     }
   }
 
+  /// z of 1, 2, 3 is −1, 0, 1; of 3, 1, 2 with the last masked (2, 1 → ±√½).
+  @Test("advantages: each reward's own, weighted and not standardised again")
+  func ownAdvantages() throws {
+    let sums = try RewardAggregate.advantages.combine(
+      rewards: [[1, 2, 3], [4, 4, 4], [30, 10, 20]], weights: [2, 5, -1])
+    expectClose(sums, [-3, 1, 2], absolute: 1e-7)
+    let masked = try RewardAggregate.advantages.combine(
+      rewards: [[2, 1, 7]], weights: [1], masked: [false, false, true])
+    let root = 0.5.squareRoot()
+    expectClose(masked, [root, -root, 0], absolute: 1e-7)
+    // z of one outlier among 28 is above 5
+    let outlier = [Double](repeating: 0, count: 27) + [1]
+    let clamped = try RewardAggregate.advantages.combine(rewards: [outlier], weights: [1], clamp: 3)
+    #expect(clamped.last == 3)
+    let groups = Advantages.summed([[-9, 1], [0, 0]], masked: [[false, false], [true, false]], clamp: 5)
+    #expect(groups.values == [-5, 1, 0, 0] && groups.zeroGroups == 1 && groups.masked == 1)
+  }
+
   @Test("rewards combine as sums or as group z-scores")
   func aggregates() throws {
     let rewards = [[1.0, 2, 3], [100, 100, 100], [0, 50, 10]]
@@ -166,6 +184,39 @@ import Testing
       }
     }
     #expect(clipped > 0)  // the clip was exercised
+  }
+
+  /// Chunks pull in different directions: each must be clipped on its own side. Tolerance as above.
+  @Test("with an advantage a chunk, coefficients are the value's derivatives", arguments: RatioKind.allCases)
+  func advantagesOfChunks(_ ratio: RatioKind) throws {
+    var clipped = 0
+    for scale in [0.01, 0.05, 0.3] {
+      let chunks = chunks("advantages of chunks", scale: scale)
+      let advantages = chunks.indices.map { [1.3, -0.7, 0, 2.1, -1.9][$0 % 5] }
+      func value(_ chunks: [TrainedChunk]) throws -> SampleObjective {
+        try SampleObjective(advantages: advantages, chunks: chunks, ratio: ratio, clip: clip, samples: 3)
+      }
+      let got = try value(chunks)
+      clipped += got.clipped.count { $0 }
+      for (j, chunk) in chunks.enumerated() {
+        for i in chunk.new.indices {
+          let sides = try [1e-5, -1e-5].map { h in
+            var (moved, new) = (chunks, chunk.new)
+            new[i] += h
+            moved[j] = TrainedChunk(new: new, old: chunk.old, weight: chunk.weight)
+            return try value(moved).value
+          }
+          expectClose(
+            got.coefficients[j][i], (sides[0] - sides[1]) / 2e-5, absolute: 1e-9, "chunk \(j) step \(i)")
+        }
+      }
+      // All alike is the one advantage, bit for bit.
+      let alike = try SampleObjective(
+        advantages: chunks.map { _ in -1.3 }, chunks: chunks, ratio: ratio, clip: clip, samples: 3)
+      #expect(
+        alike == (try SampleObjective(advantage: -1.3, chunks: chunks, ratio: ratio, clip: clip, samples: 3)))
+    }
+    #expect(clipped > 0 || ratio == .sequence)  // one ratio is held only if it is for all
   }
 
   /// Normalised log-ratios are independent of log p: only they may count. Tolerance as above.

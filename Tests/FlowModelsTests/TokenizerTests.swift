@@ -70,6 +70,29 @@ struct TokenizerTests {
     #expect(try prompts.map { t5.encode($0, length: 24).ids } == rows("in.t5_ids"))
   }
 
+  // Oracle: transformers 5.23.0 CLIPTokenizer(vocab, merges, pad_token="!"), and with the end token as padding.
+  @Test("a padding token that stands in a text is that token")
+  func padTokenInText() throws {
+    let folder = Fixtures.parity
+    func ids(_ name: String, _ text: String) throws -> [Int64] {
+      let tokens = try CLIPTokenizer(folder: folder.appending(path: name)).encode(text, length: 77)
+      #expect(tokens.truncated == 0)
+      return Array(tokens.ids[...tokens.ids.firstIndex(of: 713)!])
+    }
+    let cases: [(text: String, padded: [Int64], plain: [Int64])] = [
+      ("hi!", [712, 71, 328, 0, 713], [712, 71, 328, 256, 713]),
+      ("hi!! x", [712, 71, 328, 0, 0, 343, 713], [712, 71, 328, 0, 256, 343, 713]),
+      ("a!b", [712, 320, 0, 321, 713], [712, 320, 256, 321, 713]),
+      ("a  ! b", [712, 320, 0, 321, 713], [712, 320, 256, 321, 713]),
+      ("wow !!! ?!", [712, 86, 78, 342, 0, 0, 0, 286, 0, 713], [712, 86, 78, 342, 0, 0, 256, 30, 256, 713]),
+      ("don't!", [712, 67, 525, 6, 339, 0, 713], [712, 67, 525, 6, 339, 256, 713]),
+    ]
+    for c in cases {
+      #expect(try ids("clip-tiny-gelu", c.text) == c.padded, "\(c.text)")
+      #expect(try ids("clip-tiny-quickgelu", c.text) == c.plain, "\(c.text)")
+    }
+  }
+
   @Test("SD3's second CLIP tokenizer pads with \"!\" (tokenizer_config.json)")
   func padToken() throws {
     let second = try CLIPTokenizer(folder: parity.appending(path: "sd3-tiny/tokenizer_2"))

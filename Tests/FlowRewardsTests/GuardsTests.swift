@@ -79,7 +79,8 @@ struct GuardsTests {
   func blank() throws {
     let white = try Tensor.full([3, 3, 8, 8], 1)
     #expect(
-      try GuardValues.measure(white, groupSize: 3) == GuardValues(blank: 1, diversity: 0, ink: 0, vivid: 0))
+      try GuardValues.measure(white, groupSize: 3)
+        == GuardValues(blank: 1, diversity: 0, ink: 0, vivid: 0, sharpness: 0))
     let dotted = try white.clone()
     try dotted[0].narrow(0, 1, 1).narrow(1, 2, 1).narrow(2, 3, 1).multiplyInPlace(0.5)
     let values = try GuardValues.measure(dotted, groupSize: 3)

@@ -58,7 +58,7 @@ struct EvaluationTests {
     #expect(report.paired?.ci95 == [0, 0] && report.paired?.p == 1)
     #expect(report.rewards["vivid"]?.against?["all"]?.mean == report.mean)
     #expect(report.collapsed == [])
-    #expect(report.mean == first.perPrompt["vivid"]!.reduce(0, +) / 3)
+    #expect(report.mean == first.perPrompt["vivid"]!.reduce(0) { $0 + $1! } / 3)
   }
 
   @Test("the statistical unit is the prompt: n = prompts, whatever the number of images", arguments: [2, 4])

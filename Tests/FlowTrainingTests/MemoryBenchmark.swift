@@ -55,7 +55,7 @@ struct MemoryBenchmark {
           })
       }
       let images = try engine.draw(prompts.map(\.text), count: 1, steps: steps, seed: seed)
-      let scores = try rewards.score(images, prompts).map { $0.map { $0 ?? 0 } }
+      let scores = try rewards.judge(images, prompts).values.map { $0.map { $0 ?? 0 } }
       if weights == .model { reference[dtype.rawValue] = (velocity, images, scores) }
       /// Against the same dtype's own weights, and against float32's.
       func against(_ name: String) throws -> (Double, Double) {
@@ -91,7 +91,7 @@ struct MemoryBenchmark {
       var c = configuration(.bfloat16)
       c.network.decodeDtype = dtype
       let images = try Engine(c).draw(few.map(\.text), count: 1, steps: 17, seed: 1)
-      found.append((images, try rewards.score(images, few).map { $0.map { $0 ?? 0 } }))
+      found.append((images, try rewards.judge(images, few).values.map { $0.map { $0 ?? 0 } }))
     }
     let levels = try (found[1].images - found[0].images).abs() * 255
     print(

@@ -3,6 +3,7 @@ import Foundation
 import Testing
 import Torch
 
+@testable import FlowRewards
 @testable import FlowTraining
 
 /// Oracle: what libtorch's allocator hands out during a real run of one iteration. 15 %: what the estimate promises.
@@ -68,6 +69,27 @@ struct MemoryEstimateTests {
       print("memory: \(item.testDescription) | \(estimate.peak) | \(measured) | \(error)")
     }
     #expect(abs(error) < 0.15, "estimated \(estimate.peak), measured \(measured): \(estimate)")
+  }
+
+  @Test("rewards' models count once, and are read once, when the run begins")
+  func models() throws {
+    let folder = shop.folder("clip")
+    try FileManager.default.copyItem(at: parity.appending(path: "clip-tiny-quickgelu"), to: folder)
+    let head = parity.deletingLastPathComponent().appending(path: "clip-rewards/head.safetensors")
+    var c = shop.configuration
+    c.rewards = [.init(name: "clip"), .init(name: "aesthetic"), .init(name: "vivid")]
+    for i in 0..<2 { c.rewards[i].model = folder.path }
+    c.rewards[1].head = head.path
+    (c.run.iterations, c.run.checkpointEvery) = (1, 1)
+    let file = try SafetensorsFile(folder.appending(path: "model.safetensors"))
+    let bytes = 4 * file.names.reduce(0) { $0 + file.shape($1)!.reduce(1, *) }
+    try c.validateSources()
+    let estimate = try MemoryModel.fit(c, available: 1 << 40).estimate
+    #expect(estimate.standing.filter { $0.name == "rewards" }.map(\.bytes) == [bytes])
+    let embedder = try CLIPEmbedder(folder: folder, activation: nil, style: nil)
+    #expect(embedder.loads == 0)
+    try shop.train("run") { (given: inout Configuration) in (given.rewards, given.run) = (c.rewards, c.run) }
+    #expect(embedder.loads == 1)
   }
 
   @Test("the largest micro-batch within a stated memory: one row more would not fit")

@@ -137,7 +137,7 @@ final class Bench {
       func clipped(_ logRatio: Tensor) throws -> Tensor {
         let r = try logRatio.exp()
         ratios.append(try r.item())
-        return try (r * s.advantage).minimum(try r.clamp(1 - clip.low, 1 + clip.high) * s.advantage)
+        return try (r * s.advantages[0]).minimum(try r.clamp(1 - clip.low, 1 + clip.high) * s.advantages[0])
       }
       var sequence = try Tensor.zeros([], dtype: .float64)
       var share = try Tensor.zeros([], dtype: .float64)

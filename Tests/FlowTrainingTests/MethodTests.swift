@@ -356,7 +356,7 @@ struct PolicyUpdateTests {
     #expect(counting.passes == [7, 7, 7])
     #expect(anchored.logProbabilities == old)
     for sample in samples {
-      let trained = Set(sample.advantage == 0 ? [] : sample.chunks.flatMap(\.steps))
+      let trained = Set(!sample.counts ? [] : sample.chunks.flatMap(\.steps))
       for step in 0..<5 {
         let (got, rollout) = (anchored.anchor.logProbabilities[sample.row][step], old[sample.row][step])
         #expect(got == (trained.contains(step) ? t.logProbabilities[sample.row][step] : rollout))
@@ -488,7 +488,7 @@ struct PolicyUpdateTests {
     let bench = try Bench(trainable: true)
     let t = try bench.rollout()
     try bench.perturb(by: 1e-2)
-    let active = Self.samples.filter { $0.advantage != 0 }
+    let active = Self.samples.filter { $0.counts }
     let clip = ClipRange(low: 1e-3, high: 1e-3)
     let expected = try bench.literal(active, t, ratio: ratio, clip: clip)
     let got = try bench.gradient(active, t, microBatch: 4, ratio: ratio, clip: clip).report

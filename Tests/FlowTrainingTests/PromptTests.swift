@@ -152,4 +152,101 @@ struct PromptTests {
       #expect((prompt.tag == "position") == (prompt.relation != nil))
     }
   }
+
+  // MARK: - Tables
+
+  @Test("a table: quotes, commas and line breaks in fields; every column is kept in order")
+  func table() throws {
+    // Oracle: RFC 4180 section 2, by eye.
+    let text =
+      "\u{FEFF}id,prompt,tag,split\r\n1,a cat,animals,train\r\n\r\n"
+      + "2,\"a sign, that says \"\"OPEN\"\"\",,test\r\n3,\"two\nlines\",x,\"train\"\n4,\"\"\"quoted\"\"\",,"
+    let file = try read(text.utf8, name: "p.CSV").get()
+    #expect(
+      file.prompts == [
+        Prompt(
+          text: "a cat", tag: "animals", split: "train",
+          raw: #"{"id":"1","prompt":"a cat","tag":"animals","split":"train"}"#),
+        Prompt(
+          text: "a sign, that says \"OPEN\"", split: "test",
+          raw: #"{"id":"2","prompt":"a sign, that says \"OPEN\"","tag":"","split":"test"}"#),
+        Prompt(
+          text: "two\nlines", tag: "x", split: "train",
+          raw: #"{"id":"3","prompt":"two\nlines","tag":"x","split":"train"}"#),
+        Prompt(text: "\"quoted\"", raw: #"{"id":"4","prompt":"\"quoted\"","tag":"","split":""}"#),
+      ])
+    #expect(
+      try read(text.utf8, name: "p.csv", split: "test").get().prompts.map(\.text) == [
+        "a sign, that says \"OPEN\""
+      ])
+    #expect(try read("prompt\na\n b \n".utf8, name: "p.csv").get().prompts.map(\.text) == ["a", " b "])
+    #expect(
+      try read("prompt,n\na,1\n\"x\ny\",2\na,3\n".utf8, name: "p.csv").get().warnings
+        == ["p.csv: \"a\" appears 2 times: line 2, line 5"])
+  }
+
+  @Test(
+    "tables that are none name the line and the reason",
+    arguments: [
+      (
+        "caption,id\na,1",
+        "p.csv:1: no column \"prompt\"; the first row names the columns, and it has caption, id"
+      ),
+      (
+        "a photo of a cat",
+        "p.csv:1: no column \"prompt\"; the first row names the columns, and it has a photo of a cat"
+      ),
+      ("prompt,x,x\na,1,2", "p.csv:1: two columns are called \"x\""),
+      ("prompt,id\na,1\nb", "p.csv:3: expected 2 fields as in the header, got 1"),
+      ("prompt\na cat, and a dog", "p.csv:2: expected 1 fields as in the header, got 2"),
+      ("prompt,id\n\"a\nb\",1\n ,2", "p.csv:4: prompt: empty"),
+      ("prompt\na\n\"b\nc\n", "p.csv:3: a quoted field is not closed"),
+      ("prompt\n\"a\" b\n", "p.csv:2: \" \" after a closing quote; double quotes inside a field"),
+      (
+        "prompt\na sign \"OPEN\"\n",
+        "p.csv:2: a quote in a field that does not begin with one; write \"a \"\"word\"\"\" with the whole field quoted"
+      ),
+      ("", "p.csv: no prompt in it"), ("prompt,id\n\n", "p.csv: no prompt in it"),
+    ])
+  func badTables(_ text: String, _ expected: String) throws {
+    #expect(try message(text.utf8, name: "p.csv") == expected)
+  }
+
+  // MARK: - GenEval
+
+  @Test("GenEval's metadata is read, with positions as relations, and kept whole")
+  func genEval() throws {
+    // Oracle: lines in the form of djghosh13/geneval@5348fb5 prompts/create_prompts.py, read by eye: "a photo of a
+    // dog right of a teddy bear" says where the second entry is; a relation says it of the first.
+    let lines = [
+      #"{"tag": "counting", "include": [{"class": "clock", "count": 2}], "exclude": [{"class": "clock", "count": 3}], "prompt": "a photo of two clocks"}"#,
+      #"{"tag": "position", "include": [{"class": "teddy bear", "count": 1}, {"class": "dog", "count": 1, "position": ["right of", 0]}], "prompt": "a photo of a dog right of a teddy bear"}"#,
+      #"{"tag": "color_attr", "include": [{"class": "cup", "count": 1, "color": "red"}, {"class": "tie", "count": 1, "color": "pink"}], "prompt": "a photo of a red cup and a pink tie"}"#,
+    ]
+    let prompts = try read(lines.joined(separator: "\n").utf8).get().prompts
+    #expect(prompts.map(\.raw) == lines)
+    #expect(prompts.map(\.relation) == [nil, "left of", nil])
+    #expect(prompts[0].include == [.init(name: "clock", count: 2)])
+    #expect(prompts[2].include == [.init(name: "cup", color: "red"), .init(name: "tie", color: "pink")])
+    let first =
+      #"{"prompt": "x", "include": [{"class": "a", "count": 1, "position": ["above", 1]}, {"class": "b", "count": 1}]}"#
+    #expect(try read(first.utf8).get().prompts[0].relation == "above")
+  }
+
+  @Test(
+    "positions that are none",
+    arguments: [
+      (
+        #"["near", 0]"#,
+        "p.jsonl:1: include[1].position: expected left of, right of, above or below, got \"near\""
+      ),
+      (#"["above"]"#, "p.jsonl:1: include[1].position[1]: expected an integer"),
+      (#""above""#, "p.jsonl:1: include[1].position: expected a list"),
+    ])
+  func badPositions(_ position: String, _ expected: String) throws {
+    let line =
+      #"{"prompt": "x", "include": [{"class": "a", "count": 1}, {"class": "b", "count": 1, "position": "#
+      + position + "}]}"
+    #expect(try message(line.utf8) == expected)
+  }
 }

@@ -1,3 +1,4 @@
+import FlowRewards
 import Foundation
 import Testing
 import Torch
@@ -41,17 +42,29 @@ final class Workshop {
 
   /// Trains in the folder `name` and returns the warnings.
   @discardableResult
-  func train(_ name: String, resume: Bool = false, _ change: (inout Configuration) -> Void = { _ in })
-    throws -> [String]
-  {
+  func train(
+    _ name: String, resume: Bool = false, rewards: [any Reward]? = nil,
+    _ change: (inout Configuration) -> Void = { _ in }
+  ) throws -> [String] {
     var c = configuration
     c.output = folder(name).path
     change(&c)
     let run = RunFolder(folder(name))
     if resume { try run.requireRun() } else { try run.create(c) }
-    let trainer = try Trainer(c, folder: run)
+    try c.validate()
+    let names = RewardSet.names(c.rewards)
+    let made = rewards.map { given in
+      RewardSet(
+        given.indices.map { .init(reward: given[$0], settings: c.rewards[$0], name: names[$0]) })
+    }
+    let trainer = try Trainer(c, folder: run, rewards: made ?? RewardSet(c.rewards))
     var warnings: [String] = []
-    trainer.report = { if case .warning(let text) = $0 { warnings.append(text) } }
+    trainer.report = {
+      switch $0 {
+      case .warning(let text), .reached(let text): warnings.append(text)
+      default: break
+      }
+    }
     try trainer.run(resume: resume)
     return warnings
   }

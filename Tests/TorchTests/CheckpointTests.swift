@@ -90,7 +90,8 @@ struct CheckpointTests {
       try Checkpoint(folder: other.url, names: ["model"])
     }
     #expect(pickle.problems[0].contains("pytorch_model.bin is a pickle"))
-    #expect(pickle.problems[0].contains("weights_only=True).items()}, 'model.safetensors'"))
+    #expect(pickle.problems[0].contains("chunkgrpo convert \(other.file("pytorch_model.bin").path) "))
+    #expect(pickle.problems[0].hasSuffix(" \(other.file("model.safetensors").path)"))
   }
 
   @Test("a blueprint reports misfits as files do, and its parameters take no memory")

@@ -35,20 +35,26 @@ enum BicubicResize {
       let (first, weights) = weights(from: inSize, to: outSize, at: place)
       return (first, weights.map(S.weight))
     }
-    var result: [S] = []
-    result.reserveCapacity(outer * outSize * inner)
-    var sums = [S.Weight](repeating: 0, count: inner)
-    for slab in 0..<outer {
-      for (first, weights) in taps {
-        for i in 0..<inner { sums[i] = 0 }
-        for (offset, weight) in weights.enumerated() {
-          let start = (slab * inSize + first + offset) * inner
-          for i in 0..<inner { sums[i] = values[start + i].accumulate(sums[i], weight) }
+    // Pointers: bounds checks took most of the time.
+    return values.withUnsafeBufferPointer { source in
+      [S](unsafeUninitializedCapacity: outer * outSize * inner) { result, count in
+        withUnsafeTemporaryAllocation(of: S.Weight.self, capacity: inner) { sums in
+          sums.initialize(repeating: 0)
+          for slab in 0..<outer {
+            for (first, weights) in taps {
+              for i in 0..<inner { sums[i] = 0 }
+              var start = (slab * inSize + first) * inner
+              for weight in weights {
+                for i in 0..<inner { sums[i] = source[start + i].accumulate(sums[i], weight) }
+                start += inner
+              }
+              for i in 0..<inner { (result.baseAddress! + count + i).initialize(to: S(sum: sums[i])) }
+              count += inner
+            }
+          }
         }
-        for i in 0..<inner { result.append(S(sum: sums[i])) }
       }
     }
-    return result
   }
 
   /// The first source sample that output `place` depends on, and the weights from it on, of sum 1.

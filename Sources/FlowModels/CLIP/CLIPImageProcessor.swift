@@ -1,4 +1,6 @@
+import Dispatch
 import Foundation
+import Synchronization
 import Torch
 
 /// Makes of an image of any size what CLIP's vision tower takes: resized as by Pillow, to the grey level, and
@@ -67,7 +69,7 @@ public struct CLIPImageProcessor: Sendable, Equatable {
     return result
   }
 
-  /// Images [B, H, W, 3] uint8 → normalised pixels [B, 3, size, size] float32, on the CPU.
+  /// Images [B, H, W, 3] uint8 → normalised pixels [B, 3, size, size] float32, on the CPU, an image a thread.
   public func callAsFunction(_ images: Tensor) throws -> Tensor {
     let s = images.shape
     guard s.count == 4, s[3] == 3, images.dtype == .uint8 else {
@@ -75,10 +77,15 @@ public struct CLIPImageProcessor: Sendable, Equatable {
     }
     let values = try images.array(of: UInt8.self)
     let each = s[1] * s[2] * 3
-    var pixels: [Float] = []
-    for i in 0..<s[0] {
-      pixels += try self(Array(values[(i * each)..<((i + 1) * each)]), height: s[1], width: s[2])
+    let results = Mutex([Result<[Float], ModelError>?](repeating: nil, count: s[0]))
+    DispatchQueue.concurrentPerform(iterations: s[0]) { i in
+      let image = Array(values[(i * each)..<((i + 1) * each)])
+      let result = Result { () throws(ModelError) in try self(image, height: s[1], width: s[2]) }
+      results.withLock { $0[i] = result }
     }
+    var pixels: [Float] = []
+    pixels.reserveCapacity(s[0] * 3 * size * size)
+    for result in results.withLock({ $0 }) { pixels += try result!.get() }
     return try Tensor(pixels, shape: [s[0], 3, size, size])
   }
 

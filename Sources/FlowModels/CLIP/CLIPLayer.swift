@@ -73,9 +73,13 @@ struct CLIPLayer {
     let s = x.shape
     let qkv = try qkv(try norm1(x)).reshape(s[0], s[1], 3, heads, s[2] / heads).permute(2, 0, 3, 1, 4)
     let mixed = try Tensor.attention(try qkv[0], try qkv[1], try qkv[2], mask: mask)
-    let x = try x + out(try mixed.transpose(1, 2).reshape(s))
-    let hidden = try fc1(try norm2(x))
-    return try x + fc2(quick ? try hidden.quickGELU() : try hidden.gelu())
+    // Sums go into the products' fresh tensors: a pass over memory and an allocation less.
+    let attended = try out(try mixed.transpose(1, 2).reshape(s))
+    try attended.addInPlace(x)
+    let hidden = try fc1(try norm2(attended))
+    let result = try fc2(quick ? try hidden.quickGELU() : try hidden.gelu())
+    try result.addInPlace(attended)
+    return result
   }
 }
 

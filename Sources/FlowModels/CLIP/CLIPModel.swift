@@ -32,13 +32,17 @@ public final class CLIPModel {
   /// `open_clip_model.safetensors` (or `model.safetensors`), or transformers' `config.json` and
   /// `model.safetensors`.
   ///
-  /// - Parameter activation: `gelu` or `quick_gelu` in place of the configuration's; open_clip's own
-  ///   configurations leave it to the name of the model (`ViT-H-14-quickgelu`).
-  public convenience init(folder: URL, activation: String? = nil) throws {
+  /// - Parameters:
+  ///   - activation: `gelu` or `quick_gelu` in place of the configuration's; open_clip's own configurations
+  ///     leave it to the name of the model (`ViT-H-14-quickgelu`).
+  ///   - blank: reads no weights and takes next to no memory: for what the configuration tells.
+  public convenience init(folder: URL, activation: String? = nil, blank: Bool = false) throws {
     var config = try Config(folder: folder)
     if let activation { (config.text.hiddenAct, config.vision.hiddenAct) = (activation, activation) }
-    try self.init(
-      config: config, checkpoint: try Checkpoint(folder: folder, names: ["open_clip_model", "model"]))
+    let checkpoint =
+      blank
+      ? Checkpoint(blank: folder) : try Checkpoint(folder: folder, names: ["open_clip_model", "model"])
+    try self.init(config: config, checkpoint: checkpoint)
   }
 
   /// Builds the model and takes every parameter of `checkpoint`; any key that does not fit is an error.

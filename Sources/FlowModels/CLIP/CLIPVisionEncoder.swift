@@ -89,6 +89,13 @@ public final class CLIPVisionEncoder {
     layers = try CLIPLayer.stack(c.numHiddenLayers, c.layers, naming, p, r)
   }
 
+  /// Most bytes of float32 that a pass over `count` images holds beside them.
+  public func passBytes(_ count: Int) -> Int {
+    // In the MLP: what goes around it and its input, then the hidden layer and three steps of its activation.
+    let places = count * (config.grid * config.grid + 1)
+    return 4 * places * (2 * config.hiddenSize + 4 * config.intermediateSize)
+  }
+
   /// Normalised images [B, channels, size, size] → projected embedding [B, projection_dim].
   ///
   /// - Throws: ``ModelError`` for images of another size.

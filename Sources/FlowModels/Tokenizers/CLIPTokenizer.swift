@@ -11,8 +11,8 @@ import Foundation
 public struct CLIPTokenizer: Sendable {
   /// Whose tokenizer is followed; vocabulary and merges are the same.
   public enum Style: Sendable {
-    /// transformers': `<|startoftext|>` and `<|endoftext|>` in a text are those tokens; padding as
-    /// configured.
+    /// transformers': `<|startoftext|>`, `<|endoftext|>` and the padding token, as configured, in a text are
+    /// those tokens wherever they stand: where padding is `!`, as for SD3's second encoder, so is every `!`.
     case transformers
     /// open_clip's: text is cleaned first (quotes, HTML references, full-width forms), the tokens are spelt
     /// `<start_of_text>` and `<end_of_text>`, and id 0 fills the rest.
@@ -34,6 +34,8 @@ public struct CLIPTokenizer: Sendable {
 
   private static let startToken = "<|startoftext|>", endToken = "<|endoftext|>"
   private let style: Style
+  /// Tokens that transformers cuts out of a text before anything else is done to it.
+  private let special: [(text: [Unicode.Scalar], id: Int64)]
   /// How start and end token are written in a text, then what is one word as well.
   private let whole: [[Unicode.Scalar]]
 
@@ -64,6 +66,12 @@ public struct CLIPTokenizer: Sendable {
     }
     (start, end) = (Int64(try id(Self.startToken)), Int64(try id(Self.endToken)))
     pad = style == .openCLIP ? 0 : Int64(try id(settings.pad))
+    self.special =
+      style == .openCLIP
+      ? []
+      : [(Self.startToken, start), (Self.endToken, end), (settings.pad, pad)].map {
+        (Array($0.0.unicodeScalars), $0.1)
+      }
     maximumLength = settings.length
     var inner: [Int32] = [], final: [Int32] = []
     for symbol in Self.byteSymbols {
@@ -99,15 +107,42 @@ public struct CLIPTokenizer: Sendable {
   public func encode(_ text: String, length: Int) -> TokenizedText {
     precondition(length >= 2, "CLIPTokenizer.encode: length \(length), need at least 2 for start and end")
     var ids = [start], truncated = 0
-    for word in words(clean(text)) {
-      let tokens = word.elementsEqual(whole[0]) ? [start] : word.elementsEqual(whole[1]) ? [end] : merge(word)
+    func add(_ tokens: [Int64]) {
       let room = min(tokens.count, length - 1 - ids.count)
       ids += tokens[..<room]
       truncated += tokens.count - room
     }
+    for (part, token) in parts(text) {
+      for word in words(clean(part)) {
+        add(word.elementsEqual(whole[0]) ? [start] : word.elementsEqual(whole[1]) ? [end] : merge(word))
+      }
+      if let token { add([token]) }
+    }
     ids.append(end)
     ids += [Int64](repeating: pad, count: length - ids.count)
     return TokenizedText(ids: ids, truncated: truncated)
+  }
+
+  /// `text` cut at ``special`` tokens: what stands before one, and its id.
+  private func parts(_ text: String) -> [(String, Int64?)] {
+    let scalars = Array(text.unicodeScalars)
+    var parts: [(String, Int64?)] = []
+    var begin = 0, at = 0
+    func piece(_ end: Int) -> String {
+      var view = String.UnicodeScalarView()
+      view.append(contentsOf: scalars[begin..<end])
+      return String(view)
+    }
+    while at < scalars.count {
+      if let hit = special.first(where: { !$0.text.isEmpty && scalars[at...].starts(with: $0.text) }) {
+        parts.append((piece(at), hit.id))
+        at += hit.text.count
+        begin = at
+      } else {
+        at += 1
+      }
+    }
+    return parts + [(piece(scalars.count), nil)]
   }
 
   /// One word's ids: its bytes, then the pair of lowest rank joined everywhere until no pair is left.

@@ -4,7 +4,7 @@ import Yams
 extension Configuration {
   /// Reads a YAML file, then applies `overrides`, each `a.b.c=value` with the value in YAML.
   ///
-  /// `model`, `output` and `prompts.file` may be relative to the current directory or, where only the folder of
+  /// `model`, `output`, `prompts.file` and the paths of rewards may be relative to the current directory or, where only the folder of
   /// the file has them, to that folder: then they become absolute. Overrides are relative to the former.
   /// - Throws: ``ConfigurationError`` for a file that cannot be read, bad YAML, unknown keys and wrong types.
   ///   Values are judged by ``validate()``; with keys that cannot be read, here, so that all is said at once.
@@ -94,6 +94,7 @@ extension Configuration {
     absolute(&model)
     absolute(&prompts.file)
     if !["auto", "memory"].contains(prompts.embeddings) { absolute(&prompts.embeddings) }
+    changeRewardPaths(absolute)
   }
 
   private static func read(
@@ -203,6 +204,17 @@ extension Configuration {
     resolve(&output)
     resolve(&prompts.file)
     if !["auto", "memory"].contains(prompts.embeddings) { resolve(&prompts.embeddings) }
+    changeRewardPaths(resolve)
+  }
+
+  /// Applies `body` to the paths of rewards' files: models and heads that are not names on a server, and a program that
+  /// is named by its path.
+  private mutating func changeRewardPaths(_ body: (inout String) -> Void) {
+    for i in rewards.indices {
+      if rewards[i].url == nil, rewards[i].model != nil { body(&rewards[i].model!) }
+      if rewards[i].head != nil { body(&rewards[i].head!) }
+      if rewards[i].command.first?.contains("/") == true { body(&rewards[i].command[0]) }
+    }
   }
 }
 

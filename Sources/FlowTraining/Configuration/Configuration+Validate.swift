@@ -32,6 +32,7 @@ private final class Validation {
   let optim: Configuration.Optim
   let trainable: Configuration.Trainable
   let ema: Configuration.EMA
+  let guards: Configuration.Guards
   let network: Configuration.Network
   let runSettings: Configuration.Run
   private(set) var problems: [ConfigurationError] = []
@@ -39,7 +40,7 @@ private final class Validation {
   init(_ c: Configuration) {
     (model, output, prompts, rewards, sampling) = (c.model, c.output, c.prompts, c.rewards, c.sampling)
     (aggregate, group, chunk, loss, optim) = (c.aggregate, c.group, c.chunk, c.loss, c.optim)
-    (trainable, ema, network, runSettings) = (c.trainable, c.ema, c.network, c.run)
+    (trainable, ema, guards, network, runSettings) = (c.trainable, c.ema, c.guards, c.network, c.run)
   }
 
   func run() {
@@ -49,6 +50,7 @@ private final class Validation {
     validateLoss()
     validateChunks()
     validateTrainable()
+    validateGuards()
     validateRun()
   }
 
@@ -64,14 +66,66 @@ private final class Validation {
       require(!reward.name.isEmpty, "rewards[\(index)].name", "missing or empty")
       require(
         reward.weight.isFinite, "rewards[\(index)].weight", "expected a finite number, got \(reward.weight)")
-      let twin = rewards[..<index].firstIndex { $0.name == reward.name && $0.score == reward.score }
-      require(
-        twin == nil, "rewards[\(index)]",
-        "same name and score as rewards[\(twin ?? 0)]; add up their weights in one")
+      validate(reward, at: index)
     }
     require(
-      rewards.isEmpty || rewards.contains { $0.weight != 0 }, "rewards",
-      "every weight is 0, nothing would be learned")
+      rewards.isEmpty || rewards.contains { !$0.watch && ($0.weight != 0 || $0.lateWeight ?? 0 != 0) },
+      "rewards", "every weight is 0, nothing would be learned")
+  }
+
+  private func validate(_ reward: Configuration.Reward, at index: Int) {
+    let (path, names) = ("rewards[\(index)]", RewardSet.names(rewards))
+    let twin = names[..<index].firstIndex(of: names[index])
+    require(
+      twin == nil, path,
+      "called \(names[index]) as rewards[\(twin ?? 0)] is; add up their weights in one, or give it a label")
+    require(
+      reward.label.map { !$0.isEmpty && !$0.contains("/") } ?? true, "\(path).label",
+      "expected a name without /, got \"\(reward.label ?? "")\"")
+    for (key, value) in [("lateWeight", reward.lateWeight), ("threshold", reward.threshold)] {
+      require(value?.isFinite ?? true, "\(path).\(key)", "expected a finite number")
+    }
+    if let gate = reward.gate.reward {
+      let at = names.firstIndex(of: gate)
+      require(
+        at != nil && at != index, "\(path).gate.reward",
+        "expected another of the rewards (\(names.filter { $0 != names[index] }.joined(separator: ", "))), got \"\(gate)\""
+      )
+      require(
+        at.map { !rewards[$0].watch } ?? true, "\(path).gate.reward",
+        "\(gate) is only watched, samples have no score of it; drop its watch, its weight may be 0")
+    }
+    let failure = reward.failure
+    positive(failure.timeout, "\(path).failure.timeout")
+    atLeast(0, failure.retries, "\(path).failure.retries")
+    require(
+      0 <= failure.abortAbove && failure.abortAbove <= 1, "\(path).failure.abortAbove",
+      "expected a share in [0, 1], got \(failure.abortAbove.yamlText)")
+    if let batch = reward.batch { atLeast(1, batch, "\(path).batch") }
+    if let concurrency = reward.concurrency { atLeast(1, concurrency, "\(path).concurrency") }
+    require(
+      !reward.watch || runSettings.evaluateEvery > 0, "\(path).watch",
+      "is scored at evaluations, run.evaluateEvery 0 makes none; set it")
+    require(
+      reward.lateWeight == nil || group.statistics == .group, "\(path).lateWeight",
+      "makes two sums of rewards, group.statistics running keeps one; use group")
+  }
+
+  private func validateGuards() {
+    require(
+      guards.blank >= 0 && guards.blank.isFinite, "guards.blank",
+      "expected a number of 0 or more, got \(guards.blank.yamlText)")
+    require(
+      0 <= guards.diversity && guards.diversity <= 1, "guards.diversity",
+      "expected a factor in [0, 1], got \(guards.diversity.yamlText)")
+    for (key, band) in [("ink", guards.ink), ("sharpness", guards.sharpness), ("grid", guards.grid)] {
+      require(
+        band.count == 2 && 0 <= band[0] && band[0] <= 1 && 1 <= band[1] && band[1].isFinite, "guards.\(key)",
+        "expected two factors around 1, [lower, upper], got \(Self.text(band))")
+    }
+    require(
+      guards.action != .stop || runSettings.evaluateEvery > 0, "guards.action",
+      "stop looks at evaluations, run.evaluateEvery 0 makes none; set it")
   }
 
   private func validateSampling() {
@@ -163,8 +217,8 @@ private final class Validation {
     require(!samples.overflow, "group.size", "times group.promptsPerIteration is too large")
     require(
       group.statistics == .group || aggregate == .sum, "group.statistics",
-      "running compares with rewards of earlier iterations, aggregate normalised leaves none that compare: its z-scores "
-        + "have mean 0 in every group; use aggregate sum, or group.statistics group")
+      "running compares with rewards of earlier iterations, aggregate \(aggregate.rawValue) leaves none that compare: its "
+        + "z-scores have mean 0 in every group; use aggregate sum, or group.statistics group")
     positive(optim.lr, "optim.lr")
     notNegative(optim.weightDecay, "optim.weightDecay")
     require(
@@ -226,8 +280,8 @@ private final class Validation {
     atLeast(0, runSettings.evaluateEvery, "run.evaluateEvery", "0 makes none")
     if let name = runSettings.stopReward {
       require(
-        rewards.contains { $0.name == name }, "run.stopReward",
-        "expected one of the rewards (\(rewards.map(\.name).joined(separator: ", "))), got \"\(name)\"")
+        RewardSet.names(rewards).contains(name), "run.stopReward",
+        "expected one of the rewards (\(RewardSet.names(rewards).joined(separator: ", "))), got \"\(name)\"")
       require(runSettings.evaluateEvery > 0, "run.stopReward", "needs evaluations: set run.evaluateEvery")
     }
   }
@@ -236,6 +290,9 @@ private final class Validation {
     for (path, share) in [("chunk.fraction", chunk.fraction), ("chunk.stepFraction", chunk.stepFraction)] {
       require(share > 0 && share <= 1, path, "expected a number in (0, 1], got \(share.yamlText)")
     }
+    require(
+      0 <= chunk.lateBelow && chunk.lateBelow <= 1, "chunk.lateBelow",
+      "expected a noise level in [0, 1], got \(chunk.lateBelow.yamlText)")
     atLeast(1, chunk.stopSize, "chunk.stopSize")
     atLeast(1, chunk.minChunk, "chunk.minChunk")
     let largest = chunk.stopSize / 2 + chunk.stopSize % 2

@@ -1,4 +1,5 @@
 import ChunkGRPO
+import FlowRewards
 
 /// Everything that decides a training run: what `train` reads from YAML and stores in the run folder and in
 /// every checkpoint.
@@ -32,6 +33,8 @@ public struct Configuration: Codable, Sendable, Equatable {
   public var trainable = Trainable()
   /// Exponential moving average of the trained weights.
   public var ema = EMA()
+  /// What watches for a reward that is raised at the expense of the images.
+  public var guards = Guards()
   /// How the network is computed.
   public var network = Network()
   /// How long the run is and what it writes.
@@ -58,20 +61,7 @@ extension Configuration {
   }
 
   /// One term of the reward.
-  public struct Reward: Codable, Sendable, Equatable {
-    /// Registered name, such as `scenes`.
-    public var name: String
-    /// Which of the reward's scores is meant; nil is the reward's own choice.
-    public var score: String?
-    /// Factor of this reward in the aggregate.
-    public var weight: Double
-    /// Creates one term.
-    public init(name: String, score: String? = nil, weight: Double = 1) {
-      (self.name, self.score, self.weight) = (name, score, weight)
-    }
-    /// The base on which a list entry of a file is read; ``Configuration/validate()`` refuses the empty name.
-    init() { self.init(name: "") }
-  }
+  public typealias Reward = RewardSettings
 
   /// How several rewards become one number.
   public enum Aggregate: String, Choice, CaseIterable {
@@ -79,6 +69,8 @@ extension Configuration {
     case sum
     /// Weighted sum of each reward's z-score within its group.
     case normalised
+    /// Weighted sum of the rewards' own advantages, not standardised again.
+    case advantages
   }
 
   /// How trajectories are sampled.
@@ -245,6 +237,8 @@ extension Configuration {
     public var fraction = 0.5
     /// Share of a drawn chunk's steps that is trained on.
     public var stepFraction = 1.0
+    /// Noise level below which a chunk that begins there is late: rewards may weigh otherwise in it (`lateWeight`).
+    public var lateBelow = 0.8
     /// Adaptive plans: pieces up to this size are not split.
     public var stopSize = 7
     /// Adaptive plans: shorter runs join a neighbour.
@@ -402,6 +396,35 @@ extension Configuration {
     public var decay = 0.0
     /// Every default.
     public init() {}
+  }
+
+  /// What watches for a reward that is raised at the expense of the images, on the dev split every `run.evaluateEvery`
+  /// iterations. Bands are around what was measured before training.
+  public struct Guards: Codable, Sendable, Equatable {
+    /// What happens when a guard leaves its band while the trained reward rises.
+    public var action = Action.warn
+    /// How much the share of blank images may rise.
+    public var blank = 0.02
+    /// Smallest diversity within groups, as a factor of the baseline.
+    public var diversity = 0.8
+    /// Band of ink, as factors of the baseline: two numbers.
+    public var ink = [0.6, 1.6]
+    /// Band of sharpness, as factors of the baseline: two numbers.
+    public var sharpness = [0.5, 2.0]
+    /// Band of the spectral energy on pixel grids, as factors of the baseline: two numbers.
+    public var grid = [0.0, 2.0]
+    /// Every default.
+    public init() {}
+
+    /// What happens when a guard leaves its band while the trained reward rises.
+    public enum Action: String, Choice, CaseIterable {
+      /// A warning with the iteration.
+      case warn
+      /// The run ends, with the adapter of the best evaluation whose guards were all inside.
+      case stop
+      /// Nothing is compared, and nothing measured before training.
+      case off
+    }
   }
 
   /// How the network is computed.

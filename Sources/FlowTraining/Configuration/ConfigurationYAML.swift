@@ -1,3 +1,4 @@
+import FlowRewards
 import Foundation
 import Yams
 
@@ -95,7 +96,8 @@ extension Configuration: Configuration.Section {
       Field("model", \.model), Field("output", \.output), Field("seed", \.seed), Field("prompts", \.prompts),
       Field("rewards", \.rewards), Field("aggregate", \.aggregate), Field("sampling", \.sampling),
       Field("group", \.group), Field("chunk", \.chunk), Field("loss", \.loss), Field("optim", \.optim),
-      Field("trainable", \.trainable), Field("ema", \.ema), Field("network", \.network), Field("run", \.run),
+      Field("trainable", \.trainable), Field("ema", \.ema), Field("guards", \.guards),
+      Field("network", \.network), Field("run", \.run),
     ]
   }
 }
@@ -108,7 +110,37 @@ extension Configuration.Prompts: Configuration.Section {
 
 extension Configuration.Reward: Configuration.Section {
   static var fields: [Configuration.Field<Self>] {
-    [.init("name", \.name), .init("score", \.score), .init("weight", \.weight)]
+    [
+      .init("name", \.name), .init("label", \.label), .init("score", \.score), .init("weight", \.weight),
+      .init("lateWeight", \.lateWeight), .init("threshold", \.threshold), .init("gate", \.gate),
+      .init("watch", \.watch), .init("failure", \.failure), .init("model", \.model), .init("head", \.head),
+      .init("quality", \.quality), .init("language", \.language), .init("command", \.command),
+      .init("url", \.url), .init("batch", \.batch), .init("concurrency", \.concurrency),
+      .init("tokenVariable", \.tokenVariable), .init("template", \.template), .init("pattern", \.pattern),
+      .init("scale", \.scale),
+    ]
+  }
+
+  /// Without the keys that are as they are where nothing is said, which are most: name, score and weight stay.
+  var node: Node {
+    let defaults = Self()
+    return Node(
+      Self.fields.filter {
+        ["name", "score", "weight"].contains($0.name) || $0.node(self) != $0.node(defaults)
+      }.map { (Node($0.name), $0.node(self)) }, .implicit, .block)
+  }
+}
+
+extension RewardSettings.Gate: Configuration.Section {
+  static var fields: [Configuration.Field<Self>] { [.init("reward", \.reward), .init("above", \.above)] }
+}
+
+extension RewardSettings.Failure: Configuration.Section {
+  static var fields: [Configuration.Field<Self>] {
+    [
+      .init("timeout", \.timeout), .init("retries", \.retries), .init("abortAbove", \.abortAbove),
+      .init("allowTie", \.allowTie),
+    ]
   }
 }
 
@@ -139,6 +171,7 @@ extension Configuration.Chunk: Configuration.Section {
     [
       .init("plan", \.plan), .init("ratio", \.ratio), .init("timeWeight", \.timeWeight),
       .init("draw", \.draw), .init("fraction", \.fraction), .init("stepFraction", \.stepFraction),
+      .init("lateBelow", \.lateBelow),
       .init("stopSize", \.stopSize), .init("minChunk", \.minChunk), .init("distance", \.distance),
     ]
   }
@@ -172,6 +205,15 @@ extension Configuration.Trainable: Configuration.Section {
 
 extension Configuration.EMA: Configuration.Section {
   static var fields: [Configuration.Field<Self>] { [.init("decay", \.decay)] }
+}
+
+extension Configuration.Guards: Configuration.Section {
+  static var fields: [Configuration.Field<Self>] {
+    [
+      .init("action", \.action), .init("blank", \.blank), .init("diversity", \.diversity),
+      .init("ink", \.ink), .init("sharpness", \.sharpness), .init("grid", \.grid),
+    ]
+  }
 }
 
 extension Configuration.Network: Configuration.Section {

@@ -51,18 +51,66 @@ public struct Prompt: Codable, Sendable, Equatable {
     tag = try values.decodeIfPresent(String.self, forKey: .tag)
     split = try values.decodeIfPresent(String.self, forKey: .split)
     include = try values.decodeIfPresent([Item].self, forKey: .include) ?? []
-    relation = try values.decodeIfPresent(String.self, forKey: .relation)
+    relation =
+      try values.decodeIfPresent(String.self, forKey: .relation)
+      ?? Self.relation(try values.decodeIfPresent([Position].self, forKey: .include) ?? [])
     raw = try values.decodeIfPresent(String.self, forKey: .raw) ?? Prompt.object(text)
   }
+
+  /// Whether there is nothing but the text.
+  var isPlain: Bool { raw == Prompt.object(text) }
 
   enum CodingKeys: String, CodingKey {
     case text = "prompt"
     case tag, split, include, relation, raw
   }
 
-  private static func object(_ text: String) -> String {
-    // A dictionary of strings always encodes.
-    String(decoding: try! JSONEncoder().encode(["prompt": text]), as: UTF8.self)
+  /// Where GenEval says that an entry lies: `"position": ["left of", 0]`, seen from the entry of that index.
+  ///
+  /// Source: djghosh13/geneval@5348fb5 prompts/create_prompts.py, generate_position_sample.
+  private struct Position: Decodable {
+    let relation: String?
+    let index: Int
+    private enum CodingKeys: String, CodingKey { case position }
+    init(from decoder: any Decoder) throws {
+      let values = try decoder.container(keyedBy: CodingKeys.self)
+      guard values.contains(.position), try !values.decodeNil(forKey: .position) else {
+        (relation, index) = (nil, 0)
+        return
+      }
+      var list = try values.nestedUnkeyedContainer(forKey: .position)
+      let relation = try list.decode(String.self)
+      guard Prompt.opposite[relation] != nil else {
+        throw DecodingError.dataCorruptedError(
+          forKey: .position, in: values,
+          debugDescription: "expected left of, right of, above or below, got \"\(relation)\"")
+      }
+      (self.relation, index) = (relation, try list.decode(Int.self))
+    }
+  }
+
+  private static let opposite = [
+    "left of": "right of", "right of": "left of", "above": "below", "below": "above",
+  ]
+
+  /// ``relation`` of two entries as GenEval places them; of more it says nothing, they stay in ``raw``.
+  private static func relation(_ positions: [Position]) -> String? {
+    guard positions.count == 2 else { return nil }
+    if let first = positions[0].relation, positions[0].index == 1 { return first }
+    if let second = positions[1].relation, positions[1].index == 0 { return opposite[second] }
+    return nil
+  }
+
+  /// A JSON object with the text alone.
+  private static func object(_ text: String) -> String { object([("prompt", text)]) }
+
+  /// A JSON object of strings, in this order.
+  static func object(_ fields: [(key: String, value: String)]) -> String {
+    let encoder = JSONEncoder()
+    encoder.outputFormatting = .withoutEscapingSlashes
+    // Strings always encode.
+    func quoted(_ text: String) -> String { String(decoding: try! encoder.encode(text), as: UTF8.self) }
+    return "{" + fields.map { "\(quoted($0.key)):\(quoted($0.value))" }.joined(separator: ",") + "}"
   }
 }
 
@@ -76,7 +124,8 @@ public struct PromptFile: Sendable, Equatable {
 
   /// Prompts of `split` (`all`: every prompt) in `file`.
   ///
-  /// A `.txt` file holds one prompt a line, any other file one JSON object a line. Blank lines are skipped.
+  /// A `.txt` file holds one prompt a line, a `.csv` file (RFC 4180) a column `prompt` under a header, any other file
+  /// one JSON object a line, as GenEval's metadata does. Blank lines are skipped.
   public static func load(file: URL, split: String) throws(PromptError) -> [Prompt] {
     try PromptFile(file: file, split: split).prompts
   }
@@ -91,21 +140,14 @@ public struct PromptFile: Sendable, Equatable {
     if let bad = FileProblem.invalidUTF8(data) {
       throw .notUTF8(file: name, line: bad.line, byte: bad.offset)
     }
-    let isText = file.pathExtension.lowercased() == "txt"
-    var all: [(prompt: Prompt, line: Int)] = []
     var text = Substring(String(decoding: data, as: UTF8.self))
     if text.hasPrefix("\u{FEFF}") { text.removeFirst() }
-    // "\r\n" is one Character, so a Windows file splits as well.
-    let lines = text.split(omittingEmptySubsequences: false) { $0 == "\n" || $0 == "\r\n" }
-    for (index, line) in lines.enumerated() {
-      let content = line.trimmingCharacters(in: .whitespaces)
-      guard !content.isEmpty else { continue }
-      let prompt: Prompt
-      do { prompt = isText ? Prompt(text: content) : try Self.parse(content) } catch {
-        throw .badLine(file: name, line: index + 1, reason: Self.reason(error))
+    let all =
+      switch file.pathExtension.lowercased() {
+      case "csv": try Self.table(text, name)
+      case "txt": try Self.lines(text, name) { Prompt(text: $0) }
+      default: try Self.lines(text, name, Self.parse)
       }
-      all.append((prompt, index + 1))
-    }
     guard !all.isEmpty else { throw .empty(file: name) }
     prompts = all.map(\.prompt).filter { split == "all" || $0.split == split }
     guard !prompts.isEmpty else {
@@ -117,6 +159,62 @@ public struct PromptFile: Sendable, Equatable {
       return "\(name): \"\(copies[0].prompt.text)\" appears \(copies.count) times: "
         + places.joined(separator: ", ")
     }
+  }
+
+  private typealias Located = (prompt: Prompt, line: Int)
+
+  /// A prompt for each line that is not blank.
+  private static func lines(
+    _ text: Substring, _ name: String, _ read: (String) throws -> Prompt
+  ) throws(PromptError) -> [Located] {
+    var all: [Located] = []
+    // "\r\n" is one Character, so a Windows file splits as well.
+    let lines = text.split(omittingEmptySubsequences: false) { $0 == "\n" || $0 == "\r\n" }
+    for (index, line) in lines.enumerated() {
+      let content = line.trimmingCharacters(in: .whitespaces)
+      guard !content.isEmpty else { continue }
+      do { all.append((try read(content), index + 1)) } catch {
+        throw .badLine(file: name, line: index + 1, reason: reason(error))
+      }
+    }
+    return all
+  }
+
+  /// A prompt for each row under the header.
+  private static func table(_ text: Substring, _ name: String) throws(PromptError) -> [Located] {
+    let rows: [CSV.Row]
+    do { rows = try CSV.rows(text) } catch {
+      throw .badLine(file: name, line: error.line, reason: error.reason)
+    }
+    guard let header = rows.first else { throw .empty(file: name) }
+    func bad(_ row: CSV.Row, _ reason: String) -> PromptError {
+      .badLine(file: name, line: row.line, reason: reason)
+    }
+    let columns = header.fields
+    guard let column = columns.firstIndex(of: "prompt") else {
+      throw bad(
+        header,
+        "no column \"prompt\"; the first row names the columns, and it has \(columns.joined(separator: ", "))"
+      )
+    }
+    if let twin = columns.first(where: { name in columns.filter { $0 == name }.count > 1 }) {
+      throw bad(header, "two columns are called \"\(twin)\"")
+    }
+    var all: [Located] = []
+    for row in rows.dropFirst() {
+      guard row.fields.count == columns.count else {
+        throw bad(row, "expected \(columns.count) fields as in the header, got \(row.fields.count)")
+      }
+      guard !row.fields[column].allSatisfy(\.isWhitespace) else { throw bad(row, "prompt: empty") }
+      func value(_ key: String) -> String? {
+        columns.firstIndex(of: key).map { row.fields[$0] }.flatMap { $0.isEmpty ? nil : $0 }
+      }
+      let prompt = Prompt(
+        text: row.fields[column], tag: value("tag"), split: value("split"),
+        raw: Prompt.object(zip(columns, row.fields).map { (key: $0, value: $1) }))
+      all.append((prompt, row.line))
+    }
+    return all
   }
 
   private static func parse(_ line: String) throws -> Prompt {

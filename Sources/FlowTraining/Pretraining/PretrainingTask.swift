@@ -80,7 +80,7 @@ final class FlowTask: PretrainingTask {
     let evaluation = try Evaluation.run(
       engine, prompts, rewards, count: count, steps: steps, seed: configuration.seed,
       check: Interruption.check)
-    return evaluation.perPrompt.mapValues { $0.reduce(0, +) / Double($0.count) }
+    return Dictionary(uniqueKeysWithValues: rewards.names.map { ($0, evaluation.mean($0)) })
   }
 }
 

@@ -124,7 +124,10 @@ public struct StudyPlan: Sendable {
       for split in [base.prompts.split, study.evaluate.split] {
         _ = attempt("") { try PromptFile(file: URL(filePath: base.prompts.file), split: split) }
       }
-      _ = attempt("rewards") { try RewardSet(Self.rewards(study, base)) }
+      _ = attempt("rewards") {
+        for text in study.evaluate.rewards { _ = try Configuration.Reward(option: text) }
+        return try RewardSet(Self.rewards(study, base))
+      }
       _ = attempt("") { try ModelFolder(URL(filePath: base.model)) }
       if base.run.evaluateEvery == 0 {
         warnings.append(
@@ -140,14 +143,20 @@ public struct StudyPlan: Sendable {
 
   static func rewards(_ study: Study, _ base: Configuration) -> [Configuration.Reward] {
     guard !study.evaluate.rewards.isEmpty else {
-      return base.rewards.map { .init(name: $0.name, score: $0.score) }
+      return base.rewards.map { reward in
+        // How it counts in training is nothing that a score depends on.
+        var reward = reward
+        (reward.weight, reward.lateWeight, reward.threshold, reward.gate) = (1, nil, nil, .init())
+        reward.watch = false
+        return reward
+      }
     }
-    return study.evaluate.rewards.map { Configuration.Reward(text: $0) }
+    return study.evaluate.rewards.compactMap { try? Configuration.Reward(option: $0) }
   }
   /// What trained models are scored by.
   var rewards: [Configuration.Reward] { Self.rewards(study, base) }
   /// Names of ``rewards`` in reports.
-  public var rewardNames: [String] { (try? RewardSet(rewards).names) ?? [] }
+  public var rewardNames: [String] { RewardSet.names(rewards) }
 
   /// Whether there will be learning curves.
   var hasCurves: Bool {
@@ -209,13 +218,14 @@ extension Configuration {
 }
 
 extension Configuration.Reward {
-  /// From `name` or `name:score`, as command lines name one.
-  public init(text: String) {
-    let parts = text.split(separator: ":", maxSplits: 1).map(String.init)
-    self.init(name: parts.first ?? "", score: parts.count > 1 ? parts[1] : nil)
+  /// What ``init(option:)`` reads: `name` or `name:score` if that says all, else a mapping in one line.
+  var text: String {
+    if self == .init(name: name, score: score) { return score.map { "\(name):\($0)" } ?? name }
+    guard case .mapping(var mapping) = node else { preconditionFailure("a reward is a mapping") }
+    mapping.style = .flow
+    let text = (try? serialize(node: .mapping(mapping), width: -1, allowUnicode: true)) ?? ""
+    return text.split(separator: "\n").joined(separator: " ")
   }
-  /// `name` or `name:score`.
-  var text: String { score.map { "\(name):\($0)" } ?? name }
 }
 
 extension String {

@@ -68,12 +68,12 @@ extension StudyReport {
     }
     tables.append(Table(title: "cost of a run, mean over seeds", rows: rows))
     if let baseGuards {
-      rows = [["arm", "blank", "diversity", "ink", "vivid", "collapsed"]]
+      rows = [["arm"] + baseGuards.named.map(\.name) + ["collapsed"]]
       for (name, guards, collapsed) in [("untrained", baseGuards, [])]
         + arms.map({ ($0.name, $0.guards ?? baseGuards, $0.collapsed) })
       {
         rows.append(
-          [name] + [guards.blank, guards.diversity, guards.ink, guards.vivid].map(number) + [
+          [name] + guards.named.map { number($0.value) } + [
             collapsed.isEmpty ? "no" : collapsed.joined(separator: "; ")
           ])
       }

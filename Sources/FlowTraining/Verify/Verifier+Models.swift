@@ -266,7 +266,7 @@ extension Verifier {
     let images = try data.require("in.images")
     for score in ["strict", "graded"] {
       let reward = try RewardFactory.make(name: "scenes", score: score)
-      let values = try reward.scores(images, prompts: wanted).map { Float($0.value ?? .nan) }
+      let values = try reward.scoresNow(images, prompts: wanted).map { Float($0.value ?? .nan) }
       let expected = try data.require("out.\(score)").floats()
       let worst = zip(values, expected).map { Double(abs($0 - $1)) }.reduce(0, Self.worse)
       v.record(
