@@ -14,7 +14,7 @@ struct ChunkGRPOCommand: ParsableCommand {
     subcommands: [
       Train.self, Pretrain.self, Sample.self, Evaluate.self, Score.self, Encode.self, Inspect.self,
       Export.self,
-      Merge.self, Convert.self, Chunks.self, Verify.self, StudyCommand.self, Demo.self,
+      Merge.self, Convert.self, Chunks.self, Noise.self, Verify.self, StudyCommand.self, Demo.self,
       Bench.self,
     ])
 

@@ -8,7 +8,7 @@ import Testing
 struct HelpTests {
   static let commands = [
     "", "train", "pretrain", "sample", "evaluate", "score", "encode", "inspect", "export", "merge", "convert",
-    "chunks",
+    "chunks", "noise",
     "verify",
     "study",
     "demo",
