@@ -68,7 +68,8 @@ let package = Package(
     .testTarget(name: "FlowModelsTests", dependencies: ["FlowModels", "Peers"]),
     .testTarget(
       name: "FlowRewardsTests", dependencies: ["FlowRewards", "Pictures"], exclude: ["reward_server.py"]),
-    .testTarget(name: "FlowTrainingTests", dependencies: ["FlowTraining", "Peers", "density", yams]),
+    .testTarget(
+      name: "FlowTrainingTests", dependencies: ["FlowTraining", "Peers", "curves", "density", yams]),
     .testTarget(name: "CLITests", exclude: ["Snapshots"]),
   ]
 )

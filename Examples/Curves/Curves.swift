@@ -11,6 +11,11 @@ struct Curves {
     guard arguments.count == 2, let run = arguments.first.map({ URL(filePath: $0) }),
       let name = arguments.last
     else { throw RunError("usage: curves RUN NAME") }
+    try write(run, to: name)
+  }
+
+  /// Writes `name`.png and `name`.csv of a run that was evaluated before training and at least once since.
+  static func write(_ run: URL, to name: String) throws {
     let configuration = try Configuration.load(file: run.appending(path: "config.yaml"))
     let points = try points(
       of: run, images: configuration.group.size * configuration.group.promptsPerIteration)
@@ -45,7 +50,12 @@ struct Curves {
     func object(_ data: some DataProtocol) throws -> [String: Any] {
       try JSONSerialization.jsonObject(with: Data(data)) as? [String: Any] ?? [:]
     }
-    let baseline = try object(Data(contentsOf: run.appending(path: "baseline.json")))
+    guard let data = try? Data(contentsOf: run.appending(path: "baseline.json")) else {
+      throw RunError(
+        "\(run.path): no baseline.json: train with run.evaluateEvery above 0 and guards.action other than off"
+      )
+    }
+    let baseline = try object(data)
     var before = (baseline["rewards"] as? [String: [Any]] ?? [:]).mapValues { scores in
       let valid = scores.compactMap { $0 as? Double }
       return valid.reduce(0, +) / Double(valid.count)

@@ -96,21 +96,6 @@ public struct OCR: LocalReward {
     read.firstRange(of: target) != nil ? 0 : editDistance(target, read)
   }
 
-  /// Insertions, deletions and replacements that turn `a` into `b` (Levenshtein).
-  static func editDistance<E: Equatable>(_ a: [E], _ b: [E]) -> Int {
-    var row = Array(0...b.count)
-    for (i, x) in a.enumerated() {
-      var diagonal = row[0]
-      row[0] = i + 1
-      for (j, y) in b.enumerated() {
-        let replaced = diagonal + (x == y ? 0 : 1)
-        diagonal = row[j + 1]
-        row[j + 1] = min(replaced, row[j] + 1, diagonal + 1)
-      }
-    }
-    return row[b.count]
-  }
-
   // MARK: - Background
 
   /// The picture in grey, dark where it differs from what surrounds it: white letters on a red sign and red

@@ -64,6 +64,7 @@ extension Trainer {
     let courses = try courses(batch)
     let (trajectories, _, asked) = try sampleAndDecode(batch, conditions, courses, &clock)
     let judgement = try Judgement(asked.map { ($0.rows, try $0.pending.finish(check: Interruption.check)) })
+    try sampled.checkFailures(judgement, iteration: 1)
     let names = sampled.names
     var targets: [(name: String, weights: [Double]?)] = names.indices.compactMap { r in
       let settings = sampled.entries[r].settings

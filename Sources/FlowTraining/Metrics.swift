@@ -17,8 +17,10 @@ public struct MetricsRow: Sendable {
   public var chunkSizes: [Int] = []
   /// Chance of each of these chunks to be the one drawn next, and to be among the drawn.
   public var drawProbabilities: [Double] = [], inclusion: [Double] = []
-  /// Wall-clock seconds of rollout, decode, reward and update.
+  /// Wall-clock seconds of ``parts``, and of what overlaps with them.
   public var seconds: [String: Double] = [:]
+  /// What an iteration consists of, in order.
+  public static let parts = ["rollout", "decode", "reward", "planning", "update"]
 
   /// The row as JSON, keys sorted, numbers in shortest round-trip form.
   public func json() throws -> String {

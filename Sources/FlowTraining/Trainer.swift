@@ -217,7 +217,7 @@ public final class Trainer {
   public func step() throws -> MetricsRow {
     var clock = Stopwatch()
     var row = MetricsRow()
-    let planning = try choosePlan()
+    let pilot = try choosePlan()
     // What an evaluation or the pilot left is not this iteration's.
     _ = (engine.network.takeSeconds(), engine.network.takePasses(), engine.network.takeRows())
     let spent = Stopwatch.processSeconds
@@ -236,7 +236,9 @@ public final class Trainer {
     record(judgement, &row)
     try sampled.checkFailures(judgement, iteration: iteration + 1)
     let (advantages, seen) = try advantages(judgement.values, batch, &row)
-    let samples = try drawChunks(batch, courses, trajectories, advantages, &row)
+    let samples = try clock.time("planning") {
+      try drawChunks(batch, courses, trajectories, advantages, &row)
+    }
     try clock.time("update") { try self.update(samples, trajectories, conditions, &row) }
     row.counts["rows_update"] = engine.network.takeRows()
     // Only now: a signal until here falls back to the state before.
@@ -246,7 +248,7 @@ public final class Trainer {
     row.update = update
     row.seconds = clock.seconds
     row.values["images_per_s"] = Double(batch.count) / clock.seconds.values.reduce(0, +)
-    row.seconds.merge(planning.seconds) { $1 }
+    row.seconds.merge(pilot.seconds) { $1 }
     for (name, seconds) in zip(sampled.names, judgement.seconds) { row.seconds["reward/\(name)"] = seconds }
     row.seconds["network"] = engine.network.takeSeconds()
     row.seconds["cpu"] = Stopwatch.processSeconds - spent
@@ -273,7 +275,7 @@ public final class Trainer {
         distance: Distance(rawValue: configuration.chunk.distance.rawValue)!, random: random, rows: rows,
         check: Interruption.check)
     }
-    adopt(try clock.time("planning") { try PlanChoice(dynamics, configuration.chunk) })
+    adopt(try clock.time("pilot") { try PlanChoice(dynamics, configuration.chunk) })
     if let choice { report(.note(choice.summary)) }
     return clock
   }
@@ -454,9 +456,6 @@ public final class Trainer {
     let (c, size) = (configuration, configuration.group.size)
     let total = c.samplesPerIteration
     let masked = sampled.masked(scores)
-    guard masked.contains(false) else {
-      throw RewardFailure("iteration \(iteration + 1): no sample has a valid reward")
-    }
     let counted = sampled.counted(scores)
     let groups = stride(from: 0, to: total, by: size).map { $0..<($0 + size) }
     let aggregate = RewardAggregate(rawValue: c.aggregate.rawValue)!

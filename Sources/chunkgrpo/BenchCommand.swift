@@ -48,7 +48,7 @@ struct Bench: ParsableCommand {
     Terminal.clearLine()
     rows.removeFirst()
     func median(_ values: [Double]) -> Double { values.sorted()[values.count / 2] }
-    let parts = ["rollout", "decode", "reward", "update"]
+    let parts = MetricsRow.parts
     var seconds = Dictionary(
       uniqueKeysWithValues: (parts + ["network"]).map { part in
         (part, median(rows.map { $0.seconds[part] ?? 0 }))

@@ -55,7 +55,7 @@ struct GoodInputTests {
     ]
     for row in rows {
       #expect(always.subtracting(row.keys).isEmpty)
-      #expect(keys(row["seconds"]).isSuperset(of: ["rollout", "decode", "reward", "update"]))
+      #expect(keys(row["seconds"]).isSuperset(of: ["rollout", "decode", "reward", "planning", "update"]))
       #expect(row["replay_gap"] as? Double == 0)  // float32 and equal geometry: exact
     }
     #expect(rows[0]["eval/vivid"] == nil)

@@ -32,8 +32,8 @@ struct OCRTests {
       ("intention", "execution", 5), ("open", "open", 0), ("open", "opne", 2),
     ])
   func editDistance(a: String, b: String, expected: Int) {
-    #expect(OCR.editDistance(Array(a), Array(b)) == expected)
-    #expect(OCR.editDistance(Array(b), Array(a)) == expected)
+    #expect(FlowRewards.editDistance(a, b) == expected)
+    #expect(FlowRewards.editDistance(b, a) == expected)
   }
 
   /// Oracle: flow_grpo's rule, by hand.

@@ -33,7 +33,7 @@ struct TrainerTests {
       #expect(row["zero_groups"] as? Int == 0 && row["masked"] as? Int == 0)
       #expect(row["chunk_sizes"] as? [Int] == [1, 3] && row["draw_p"] as? [Double] == [0.5, 0.5])
       let seconds = try #require(row["seconds"] as? [String: Double])
-      for part in ["rollout", "decode", "reward", "update"] { #expect(try #require(seconds[part]) > 0) }
+      for part in MetricsRow.parts { #expect(try #require(seconds[part]) > 0) }
       #expect(row["grad_norm"] as? Double ?? 0 > 0)
       // the only reward has weight 1; guards measure the same colourfulness by the same function
       #expect(row["reward_mean"] as? Double == row["reward/vivid"] as? Double)

@@ -421,19 +421,4 @@ extension Configuration {
   private static func normal(_ key: some StringProtocol) -> String {
     key.lowercased().filter { $0 != "_" && $0 != "-" }
   }
-
-  /// Insertions, deletions and replacements that turn `a` into `b`.
-  static func editDistance(_ a: String, _ b: String) -> Int {
-    var row = Array(0...b.count)
-    for (i, x) in a.enumerated() {
-      var diagonal = row[0]
-      row[0] = i + 1
-      for (j, y) in b.enumerated() {
-        let replaced = diagonal + (x == y ? 0 : 1)
-        diagonal = row[j + 1]
-        row[j + 1] = min(replaced, row[j] + 1, diagonal + 1)
-      }
-    }
-    return row[b.count]
-  }
 }

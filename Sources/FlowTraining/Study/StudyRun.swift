@@ -145,7 +145,7 @@ public struct StudyRun: Sendable {
       return Row(
         iteration: iteration, trainedSteps: row["trained_steps"] as? Double ?? 0,
         networkPasses: row["network_passes"] as? Double ?? 0,
-        seconds: ["rollout", "decode", "reward", "update"].reduce(0) { $0 + (seconds[$1] ?? 0) },
+        seconds: MetricsRow.parts.reduce(0) { $0 + (seconds[$1] ?? 0) },
         cpuSeconds: seconds["cpu"] ?? 0, parts: seconds, dev: Dictionary(uniqueKeysWithValues: dev))
     }
   }
