@@ -21,6 +21,7 @@ let package = Package(
     .library(name: "FlowModels", targets: ["FlowModels"]),
     .library(name: "FlowRewards", targets: ["FlowRewards"]),
     .library(name: "FlowTraining", targets: ["FlowTraining"]),
+    .library(name: "ChunkGRPOCommands", targets: ["ChunkGRPOCommands"]),
   ],
   dependencies: [
     .package(url: "https://github.com/apple/swift-argument-parser", from: "1.5.0"),
@@ -47,14 +48,17 @@ let package = Package(
       dependencies: [
         "ChunkGRPO", "CZlib", "FlowModels", "FlowRewards", "Pictures", "Torch", "TorchNN", yams,
       ]),
-    .executableTarget(
-      name: "CLI", dependencies: ["FlowTraining", "Pictures", argumentParser],
-      path: "Sources/chunkgrpo"),
+    .target(name: "ChunkGRPOCommands", dependencies: ["FlowTraining", "Pictures", argumentParser]),
+    .executableTarget(name: "CLI", dependencies: ["ChunkGRPOCommands"], path: "Sources/chunkgrpo"),
     // `make bench` builds it.
     .executableTarget(
       name: "bench-runner", dependencies: ["FlowTraining", "Pictures"], path: "Benchmarks/Runner"),
     // Pictures of one run's curves; `swift run curves RUN NAME`.
     .executableTarget(name: "curves", dependencies: ["FlowTraining", "Pictures"], path: "Examples/Curves"),
+    // The command-line tool with a reward of one's own; `swift run contrast`.
+    .executableTarget(
+      name: "contrast", dependencies: ["ChunkGRPOCommands", "FlowRewards", "Torch"], path: "Examples/Contrast"
+    ),
     // A flow model that is not an image model; `swift run density`.
     .executableTarget(
       name: "density", dependencies: ["ChunkGRPO", "FlowModels", "FlowTraining", "Torch", "TorchNN"],
@@ -70,7 +74,7 @@ let package = Package(
       name: "FlowRewardsTests", dependencies: ["FlowRewards", "Pictures"], exclude: ["reward_server.py"]),
     .testTarget(
       name: "FlowTrainingTests", dependencies: ["FlowTraining", "Peers", "curves", "density", yams]),
-    .testTarget(name: "CLITests", exclude: ["Snapshots"]),
+    .testTarget(name: "CLITests", dependencies: ["contrast"], exclude: ["Snapshots"]),
   ]
 )
 

@@ -90,7 +90,7 @@ public final class CommandReward: Reward {
     let finite = try finiteImages(images)
     let pictures = try rgbPictures(of: images)
     var scores = [RewardScore](
-      repeating: RewardScore(value: nil, failure: notFiniteReason), count: prompts.count)
+      repeating: .notFinite, count: prompts.count)
     let usable = prompts.indices.filter { finite[$0] }
     let batches = stride(from: 0, to: usable.count, by: batch).map {
       usable[$0..<min($0 + batch, usable.count)]

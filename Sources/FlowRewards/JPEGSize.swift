@@ -42,7 +42,7 @@ public struct JPEGSize: LocalReward {
   public func scores(_ images: Tensor, prompts: [RewardPrompt]) throws -> [RewardScore] {
     try checkImages(images, for: name, prompts: prompts.count)
     return try zip(finiteImages(images), rgbPictures(of: images)).map { isFinite, picture in
-      guard isFinite else { return RewardScore(value: nil, failure: notFiniteReason) }
+      guard isFinite else { return .notFinite }
       let size = Double(try picture.jpeg(quality: quality).count) / 1000
       return RewardScore(value: score == .positive ? size : -size, parts: ["kilobytes": size])
     }

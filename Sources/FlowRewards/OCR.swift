@@ -43,7 +43,7 @@ public struct OCR: LocalReward {
     try check(prompts)
     let finite = try finiteImages(images)
     return try zip(zip(rgbPictures(of: images), finite), prompts).map { image, prompt in
-      guard image.1 else { return RewardScore(value: nil, failure: notFiniteReason) }
+      guard image.1 else { return .notFinite }
       return try score(image.0, target: Self.target(of: prompt.text)!)
     }
   }

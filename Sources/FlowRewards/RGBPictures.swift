@@ -18,6 +18,3 @@ func rgbPictures(of images: Tensor) throws -> [Pictures.Image] {
     return picture
   }
 }
-
-/// The reason that a score of an image with infinite or NaN pixels gives.
-let notFiniteReason = "the image holds infinities or NaN"

@@ -83,6 +83,9 @@ public struct RewardScore: Sendable, Equatable {
     self.failure = failure
     self.retries = retries
   }
+
+  /// That of an image with pixels that are no numbers.
+  public static let notFinite = RewardScore(value: nil, failure: "the image holds infinities or NaN")
 }
 
 /// Two images of known order for a prompt: a reward that cannot tell them apart would teach nothing.
@@ -244,6 +247,8 @@ enum Relation: String, CaseIterable {
 public enum RewardError: Error, CustomStringConvertible, Sendable, Equatable {
   /// No reward of this name.
   case unknownReward(name: String, known: [String])
+  /// A reward of this name is there already.
+  case nameTaken(name: String)
   /// A key that the reward does not read.
   case foreignKey(reward: String, key: String, known: [String])
   /// A key that the reward cannot do without, and what to put there.
@@ -276,6 +281,8 @@ public enum RewardError: Error, CustomStringConvertible, Sendable, Equatable {
     switch self {
     case .unknownReward(let name, let known):
       "rewards: no reward \"\(name)\"; known: \(known.joined(separator: ", "))"
+    case .nameTaken(let name):
+      "rewards: there is a reward \"\(name)\" already: register yours by another name"
     case .foreignKey(let reward, let key, let known):
       "rewards: \(reward) reads no \(key)"
         + (known.isEmpty ? "; drop it" : "; it reads \(known.joined(separator: ", "))")
@@ -312,7 +319,9 @@ func finiteImages(_ images: Tensor) throws -> [Bool] {
 }
 
 /// Throws unless `images` is [B, 3, H, W] with B prompts (nil: any B).
-func checkImages(_ images: Tensor, for consumer: String, prompts: Int?) throws(RewardError) {
+///
+/// - Parameter consumer: whose name the error carries, e.g. a reward's.
+public func checkImages(_ images: Tensor, for consumer: String, prompts: Int?) throws(RewardError) {
   let shape = images.shape
   guard shape.count == 4, shape[1] == 3, shape[2] > 0, shape[3] > 0 else {
     throw .badImages(consumer: consumer, shape: shape, expected: "[B, 3, H, W]")

@@ -1,4 +1,5 @@
 import Foundation
+import Synchronization
 
 /// A reward that configurations can name: how one is made, and from what.
 public struct RewardKind: Sendable {
@@ -12,27 +13,49 @@ public struct RewardKind: Sendable {
   /// data files, nil for ``Assets/locate(_:)``.
   let make: @Sendable (RewardSettings, URL?) throws -> any Reward
 
-  /// Describes a reward.
-  init(
-    _ names: String..., keys: [RewardSettings.Ingredient] = [], scores: [String] = [],
-    make: @escaping @Sendable (RewardSettings, URL?) throws -> any Reward
+  /// Describes a reward; ``RewardFactory/register(_:)`` adds it.
+  ///
+  /// - Parameters:
+  ///   - name: what configurations call it; `others` are further names.
+  ///   - keys: what it reads besides the keys that every reward has; others are refused.
+  ///   - scores: what `score` may be, the default first; empty where there is nothing to choose.
+  ///   - make: makes it of settings that hold no other keys and one of `scores` (nil if there are none), and the folder
+  ///     of data files, nil for ``Assets/locate(_:)``.
+  public init(
+    _ name: String, _ others: String..., keys: [RewardSettings.Ingredient] = [], scores: [String] = [],
+    make: @escaping @Sendable (_ settings: RewardSettings, _ assets: URL?) throws -> any Reward
   ) {
-    (self.names, self.keys, self.scores, self.make) = (names, keys, scores, make)
+    (names, self.keys, self.scores, self.make) = ([name] + others, keys, scores, make)
   }
 }
 
 /// Rewards by the names configurations use.
 public enum RewardFactory {
-  /// Every reward there is.
-  public static let kinds: [RewardKind] = [
+  private static let builtIn: [RewardKind] = [
     .scenes, .vivid,
     .jpegSize, .ocr, .sharpness,
     .clip, .dfnCLIP, .pickScore, .hpsv2, .aesthetic,
     .command, .http, .judge, .pickle,
   ]
 
+  private static let added = Mutex<[RewardKind]>([])
+
+  /// Every reward there is, those that were registered last.
+  public static var kinds: [RewardKind] { builtIn + added.withLock { $0 } }
+
   /// Every name ``make(_:assets:)`` knows.
-  public static let names = kinds.flatMap(\.names)
+  public static var names: [String] { kinds.flatMap(\.names) }
+
+  /// Adds a reward of one's own to this process, before the first configuration is read.
+  ///
+  /// - Throws: ``RewardError/nameTaken(name:)``.
+  public static func register(_ kind: RewardKind) throws(RewardError) {
+    try added.withLock { added throws(RewardError) in
+      let known = (builtIn + added).flatMap(\.names)
+      if let name = kind.names.first(where: known.contains) { throw .nameTaken(name: name) }
+      added.append(kind)
+    }
+  }
 
   /// The reward that `settings` describe.
   ///

@@ -23,7 +23,7 @@ public struct Sharpness: LocalReward {
   public func scores(_ images: Tensor, prompts: [RewardPrompt]) throws -> [RewardScore] {
     try checkImages(images, for: name, prompts: prompts.count)
     return try Self.values(images).map {
-      $0.isFinite ? RewardScore(value: $0) : RewardScore(value: nil, failure: notFiniteReason)
+      $0.isFinite ? RewardScore(value: $0) : .notFinite
     }
   }
 

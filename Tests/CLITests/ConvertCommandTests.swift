@@ -188,7 +188,7 @@ struct ConvertCommandTests {
       attempt("output", lambda: (output.write(bytes(100 << 20)), output.flush()))
       end(doors=doors, done=done)
       """
-    let file = Tool.root.appending(path: "Sources/chunkgrpo/PickleScript.swift")
+    let file = Tool.root.appending(path: "Sources/ChunkGRPOCommands/PickleScript.swift")
     let swift = try String(contentsOf: file, encoding: .utf8)
     let literal = try #require(
       swift.components(separatedBy: "#\"\"\"\n").last?.components(separatedBy: "\"\"\"#")[0])

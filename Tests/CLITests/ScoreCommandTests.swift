@@ -144,4 +144,26 @@ struct ScoreCommandTests {
     for word in mistake.words { #expect(result.err.contains(word), "\(word): \(result.err)") }
     if mistake.status == 1 { #expect(result.err.split(separator: "\n").count == 1, "\(result.err)") }
   }
+
+  // Oracle: one black and one white pixel deviate by 0.5 from their mean.
+  @Test("an executable with a reward of its own is the whole tool, with that reward more")
+  func ownReward() throws {
+    let contrast = Tool.root.appending(path: ".build/debug/contrast")
+    try Data(
+      base64Encoded:
+        "iVBORw0KGgoAAAANSUhEUgAAAAIAAAABCAIAAAB7QOjdAAAAD0lEQVR4nGNgYGD4//8/AAYBAv4CsjmuAAAAAElFTkSuQmCC")!
+      .write(to: scratch["two.png"])
+    func run(_ arguments: String...) throws -> Tool.Result {
+      try Tool.run(arguments, in: scratch, binary: contrast)
+    }
+    let result = try run("score", "two.png", "plane.png", "--reward", "contrast", "--json")
+    #expect(result.status == 0, "\(result.err)")
+    let rows = try #require(try result.json()["rows"] as? [[String: Any]])
+    #expect(rows.map { ($0["scores"] as? [String: Double])?["contrast"] } == [0.5, 0])
+    let unknown = try run("score", "two.png", "--reward", "contrst")
+    #expect(unknown.status == 1 && unknown.err.contains("pickle, contrast"), "\(unknown.err)")
+    let plain = try score("two.png", "--reward", "contrast")
+    #expect(plain.status == 1 && plain.err.contains("no reward \"contrast\""), "\(plain.err)")
+    #expect(try run("train", "--help").out.contains("USAGE: chunkgrpo train"))
+  }
 }

@@ -243,7 +243,7 @@ struct CommandRewardTests {
     let judge = try Judge(python: Self.byPrompt)
     let images = try Tensor.cat([Tensor.full([1, 3, 8, 8], .nan), noise(1, side: 8, seed: 1)])
     let scores = try await judge.reward().score(images, prompts: prompts("a 1", "b 2"))
-    #expect(scores == [RewardScore(value: nil, failure: notFiniteReason), RewardScore(value: 2)])
+    #expect(scores == [.notFinite, RewardScore(value: 2)])
   }
 
   @Test("a program that does not read, and one that talks all the time, do not stop the clock")

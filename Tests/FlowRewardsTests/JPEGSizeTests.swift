@@ -40,7 +40,7 @@ struct JPEGSizeTests {
   func notFinite(value: Double) throws {
     let images = try Tensor.cat([noise(1, side: 16, seed: 3), Tensor.full([1, 3, 16, 16], value)])
     let scores = try score(images, nil)
-    #expect(scores[0].value != nil && scores[1] == RewardScore(value: nil, failure: notFiniteReason))
+    #expect(scores[0].value != nil && scores[1] == .notFinite)
   }
 
   @Test("a quality outside 1 … 100 is refused, and other keys are", arguments: [0, 101, -5])

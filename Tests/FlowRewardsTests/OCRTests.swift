@@ -90,7 +90,7 @@ struct OCRTests {
     ])
     let prompts = ["HOUSE", "RIVER", "RIVER"].map { RewardPrompt(text: "\"\($0)\"") }
     let scores = try reward.scores(images, prompts: prompts)
-    #expect(scores.map(\.value) == [1, 1, nil] && scores[2].failure == notFiniteReason)
+    #expect(scores.map(\.value) == [1, 1, nil] && scores[2].failure == RewardScore.notFinite.failure)
   }
 
   @Test("prompts without quoted text are refused, the first of them named")

@@ -86,6 +86,18 @@ struct PromptAndFactoryTests {
   }
 
   /// Oracle: the documented order of folders.
+  @Test("a name that is taken cannot be registered, an alias neither, and nothing is added")
+  func taken() {
+    let before = RewardFactory.names
+    #expect(throws: RewardError.nameTaken(name: "vivid")) {
+      try RewardFactory.register(RewardKind("vivid") { _, _ in Vivid() })
+    }
+    #expect(throws: RewardError.nameTaken(name: "colourfulness")) {
+      try RewardFactory.register(RewardKind("mine", "colourfulness") { _, _ in Vivid() })
+    }
+    #expect(RewardFactory.names == before)
+  }
+
   @Test("assets are sought in the documented order")
   func assets() throws {
     let executable = URL(fileURLWithPath: "/opt/tool/bin/program")

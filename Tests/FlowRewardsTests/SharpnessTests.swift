@@ -163,7 +163,7 @@ struct SharpnessTests {
   func notFinite() throws {
     let images = try Tensor.cat([noise(1, side: 40, seed: 2), Tensor.full([1, 3, 40, 40], .nan)])
     let scores = try Sharpness().scores(images, prompts: [.init(text: ""), .init(text: "")])
-    #expect(scores[0].value != nil && scores[1] == RewardScore(value: nil, failure: notFiniteReason))
+    #expect(scores[0].value != nil && scores[1] == .notFinite)
     let grid = try GridEnergy.values(images)
     #expect(grid[0].isFinite && !grid[1].isFinite)
   }

@@ -2,8 +2,13 @@ import ArgumentParser
 import FlowTraining
 import Foundation
 
-/// The command-line tool; one file a command.
-@main
+/// The command-line tool, for executables that add to it: ``RewardFactory/register(_:)`` first, then ``main()``.
+public enum CommandLineTool {
+  /// Runs the command that the process was started with, and ends the process.
+  public static func main() { ChunkGRPOCommand.main() }
+}
+
+/// One file a command.
 struct ChunkGRPOCommand: ParsableCommand {
   static let configuration = CommandConfiguration(
     commandName: "chunkgrpo",

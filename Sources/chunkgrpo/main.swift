@@ -1,0 +1,3 @@
+import ChunkGRPOCommands
+
+CommandLineTool.main()
