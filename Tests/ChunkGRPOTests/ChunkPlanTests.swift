@@ -105,7 +105,8 @@ import Testing
     let curves = (0..<4).map { sample in
       (0..<16).map { step in
         let start = (sample * 18 + step) * size
-        return Distance.l1(from: latents[start..<start + size], to: latents[start + size..<start + 2 * size])
+        return Distance.l1(
+          from: Array(latents[start..<start + size]), to: Array(latents[start + size..<start + 2 * size]))
       }
     }
     let plans = try curves.map { try ChunkPlan.adaptive(curve: $0).sizes }

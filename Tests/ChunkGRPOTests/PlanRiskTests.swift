@@ -96,7 +96,8 @@ private func normals(_ name: String, _ count: Int) -> [Double] {
     let curves = (0..<4).map { sample in
       (0..<16).map { step in
         let start = (sample * 18 + step) * size
-        return Distance.l1(from: latents[start..<start + size], to: latents[start + size..<start + 2 * size])
+        return Distance.l1(
+          from: Array(latents[start..<start + size]), to: Array(latents[start + size..<start + 2 * size]))
       }
     }
     let risk = try PlanRisk(curves: curves)
