@@ -11,6 +11,20 @@ struct FunctionReward: LocalReward {
   var name = "function"
   let body: @Sendable (Tensor, [RewardPrompt]) throws -> [RewardScore]
   func scores(_ images: Tensor, prompts: [RewardPrompt]) throws -> [RewardScore] { try body(images, prompts) }
+
+  /// One whose scores depend on the number of the call, from 1 on.
+  static func counting(
+    _ body: @escaping @Sendable (Int, Tensor, [RewardPrompt]) throws -> [RewardScore]
+  ) -> FunctionReward {
+    let calls = Mutex(0)
+    return FunctionReward { images, prompts in
+      let call = calls.withLock {
+        $0 += 1
+        return $0
+      }
+      return try body(call, images, prompts)
+    }
+  }
 }
 
 /// The same, but somewhere else and after a while: it counts its calls and how many overlapped others.

@@ -1,6 +1,5 @@
 import FlowRewards
 import Foundation
-import Synchronization
 import Testing
 import Torch
 
@@ -36,12 +35,7 @@ struct RewardTrainingTests {
   // Oracle: hazard 12: advantages of the rest are those of a group without the failed one.
   @Test("a failed score masks its sample, is counted with its reason, and is never a number")
   func masks() throws {
-    let calls = Mutex(0)
-    let flaky = FunctionReward { images, prompts in
-      let call = calls.withLock {
-        $0 += 1
-        return $0
-      }
+    let flaky = FunctionReward.counting { call, images, prompts in
       // call 1 is the construction's, 2 the probe
       return try Vivid().scores(images, prompts: prompts).enumerated().map {
         $0 == 1 && call > 2 ? RewardScore(value: nil, failure: "out of order", retries: 2) : $1
@@ -63,12 +57,7 @@ struct RewardTrainingTests {
   func aborts(above: Double) throws {
     shop.configuration.rewards[0].failure.abortAbove = above
     try shop.train("whole")
-    let calls = Mutex(0)
-    let dying = FunctionReward { images, prompts in
-      let call = calls.withLock {
-        $0 += 1
-        return $0
-      }
+    let dying = FunctionReward.counting { call, images, prompts in
       return call == 4  // the second iteration's
         ? prompts.map { _ in RewardScore(value: nil, failure: "the server is gone") }
         : try Vivid().scores(images, prompts: prompts)
@@ -184,12 +173,7 @@ struct GuardWatchTests {
   @Test("action stop ends the run and ships the best adapter whose guards were inside")
   func stops() throws {
     // Inside until the third evaluation: the guard is a reward of our own, by the number of its evaluations.
-    let calls = Mutex(0)
-    let guardian = FunctionReward { images, prompts in
-      let call = calls.withLock {
-        $0 += 1
-        return $0
-      }
+    let guardian = FunctionReward.counting { call, images, prompts in
       // construction, probe, baseline; then one evaluation of three prompts an iteration
       return prompts.indices.map { RewardScore(value: Double(call > 5 ? -1 : 1) + Double($0) * 1e-3) }
     }
@@ -213,12 +197,7 @@ struct GuardWatchTests {
 
   @Test("an evaluation that a reward failed in says so, with the reason, and the run goes on")
   func evaluationsWithoutScores() throws {
-    let calls = Mutex(0)
-    let dying = FunctionReward { images, prompts in
-      let call = calls.withLock {
-        $0 += 1
-        return $0
-      }
+    let dying = FunctionReward.counting { call, images, prompts in
       // construction, probe, rollout, evaluation
       return call == 4
         ? prompts.map { _ in RewardScore(value: nil, failure: "the server is gone") }
